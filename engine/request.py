@@ -1,0 +1,213 @@
+"""This module holds requests, their states, and the only code that appends tokens. It does not know how they are run.
+
+A user's request with n choices is n sequences; a `Request` here is one sequence, told apart by (request_id, index).
+While a request waits it owns its tokens. While it runs it has a persistent row of a `RowTable`, which holds the
+tokens and counters of all running requests as arrays, so that a decode step costs a few vector operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from .sampling_params import SamplingParams
+from .step import FinishReason, LogprobEntry
+
+__all__ = ["Request", "RequestStatus", "RowTable"]
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class RequestStatus(IntEnum):
+    """Where a request is in its life; everything from FINISHED_STOPPED on is final."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED_STOPPED = 3
+    FINISHED_LENGTH = 4
+    FINISHED_ABORTED = 5
+    FINISHED_ERROR = 6
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing can happen to the request any more."""
+        return self >= RequestStatus.FINISHED_STOPPED
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """What users are told; None while the request lives."""
+        return _FINISH_REASONS.get(self)
+
+
+_FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: FinishReason.STOP,
+    RequestStatus.FINISHED_LENGTH: FinishReason.LENGTH,
+    RequestStatus.FINISHED_ABORTED: FinishReason.ABORT,
+    RequestStatus.FINISHED_ERROR: FinishReason.ERROR,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One autoregressive sequence.
+
+    `token_ids` is prompt plus output, [num_tokens] int32, and is current only while the request has no row.
+    Times are in seconds of the engine's clock; None: not reached yet.
+    """
+
+    request_id: str
+    index: int
+    """Which of the n choices this is."""
+    token_ids: Int32Array
+    num_prompt_tokens: int
+    max_num_tokens: int
+    """Prompt plus output never grows beyond this."""
+    params: SamplingParams
+    seed: int
+    """Resolved: never None."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end this sequence: the request's own, and the model's end-of-sequence ids unless ignored."""
+    priority: int = 0
+    """Smaller is served earlier, under the priority policy."""
+    arrival: int = 0
+    """Order of arrival, kept across preemption."""
+    cache_salt: str = ""
+    """Prefix blocks are shared only between requests of equal salt."""
+    stream: bool = False
+    """Report every token as it comes, instead of all of them at the end."""
+    status: RequestStatus = RequestStatus.WAITING
+    row: int = -1
+    num_cached_tokens: int = -1
+    """Prefix hit of the first admission; -1: not admitted yet."""
+    num_preemptions: int = 0
+    num_reported_tokens: int = 0
+    """Output tokens that have left in an EngineOutput."""
+    stop_reason: int | None = None
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    arrival_time_s: float = 0.0
+    first_scheduled_time_s: float | None = None
+    first_token_time_s: float | None = None
+    finish_time_s: float | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The key by which requests are served: nobody overtakes a smaller one."""
+        return (self.priority, self.arrival)
+
+
+class RowTable:
+    """Tokens and counters of the running requests, as arrays by row.
+
+    A row is taken at admission and given back at finish or preemption; it never moves in between.
+
+    Args:
+        max_num_seqs: number of rows.
+        max_model_len: the longest sequence, in tokens.
+        vocab_size: width of the logits; all token ids are below it.
+        eos_token_ids: the model's end-of-sequence ids.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, vocab_size: int, eos_token_ids: Iterable[int] = ()
+    ) -> None:
+        # np.empty leaves the pages of rows and positions never reached untouched: they cost no memory.
+        self.token_ids: Int32Array = np.empty((max_num_seqs, max_model_len), dtype=np.int32)
+        self.num_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_computed_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_prompt_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
+        self.max_num_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
+        self.streams: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.stops_on_eos: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.has_own_stops: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.requests: list[Request | None] = [None] * max_num_seqs
+        self._eos = frozenset(eos_token_ids)
+        self._is_eos: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
+        self._is_eos[list(self._eos)] = True
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    @property
+    def num_free_rows(self) -> int:
+        """How many more requests can run."""
+        return len(self._free_rows)
+
+    def admit(self, request: Request, num_computed_tokens: int) -> int:
+        """Give the request a row, copy its tokens there and return the row."""
+        assert request.row < 0, f"{request.request_id} already has row {request.row}"
+        row = self._free_rows.pop()
+        num_tokens = len(request.token_ids)
+        self.token_ids[row, :num_tokens] = request.token_ids
+        self.num_tokens[row] = num_tokens
+        self.num_computed_tokens[row] = num_computed_tokens
+        self.num_prompt_tokens[row] = request.num_prompt_tokens
+        self.max_num_tokens[row] = request.max_num_tokens
+        self.streams[row] = request.stream
+        own_stops = request.stop_token_ids - self._eos
+        self.stops_on_eos[row] = bool(self._eos) and self._eos <= request.stop_token_ids
+        # A request that names some but not all of the end-of-sequence ids is checked against its own set.
+        self.has_own_stops[row] = bool(own_stops) or (
+            not self.stops_on_eos[row] and bool(request.stop_token_ids & self._eos)
+        )
+        self.requests[row] = request
+        request.row = row
+        request.status = RequestStatus.RUNNING
+        return row
+
+    def append(self, rows: Int32Array, token_ids: Int32Array) -> npt.NDArray[np.bool_]:
+        """Append one sampled token to each row.
+
+        Args:
+            rows: [num_sampled] int32, distinct.
+            token_ids: [num_sampled] int32.
+
+        Returns:
+            [num_sampled] bool: rows that may be finished now (a stop token or the length limit); `finish_status`
+            says of one such row whether and why.
+        """
+        position = self.num_tokens[rows]
+        self.token_ids[rows, position] = token_ids
+        position += 1
+        self.num_tokens[rows] = position
+        done = self._is_eos[token_ids]
+        done &= self.stops_on_eos[rows]
+        done |= position >= self.max_num_tokens[rows]
+        done |= self.has_own_stops[rows]
+        return done
+
+    def finish_status(self, row: int) -> tuple[RequestStatus, int | None] | None:
+        """Return the final status and the stop token of a row that `append` pointed out, or None if it goes on."""
+        request = self.request(row)
+        num_tokens = int(self.num_tokens[row])
+        last = int(self.token_ids[row, num_tokens - 1])
+        if last in request.stop_token_ids:
+            return RequestStatus.FINISHED_STOPPED, last
+        if num_tokens >= request.max_num_tokens:
+            return RequestStatus.FINISHED_LENGTH, None
+        return None
+
+    def request(self, row: int) -> Request:
+        """Return the request that has this row."""
+        request = self.requests[row]
+        assert request is not None, f"row {row} is free"
+        return request
+
+    def release(self, row: int) -> Request:
+        """Take the row back, with its tokens copied into the request, and return the request."""
+        request = self.request(row)
+        request.token_ids = self.token_ids[row, : self.num_tokens[row]].copy()
+        request.row = -1
+        self.requests[row] = None
+        self.has_own_stops[row] = False
+        self._free_rows.append(row)
+        return request
+
+    def output_token_ids(self, request: Request, start: int = 0) -> list[int]:
+        """Return the output tokens of a request from the `start`-th on, whether it has a row or not."""
+        start += request.num_prompt_tokens
+        if request.row < 0:
+            return request.token_ids[start:].tolist()  # type: ignore[no-any-return]
+        return self.token_ids[request.row, start : self.num_tokens[request.row]].tolist()  # type: ignore[no-any-return]

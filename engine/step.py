@@ -1,0 +1,199 @@
+"""This module holds the contract of one step: what scheduler, runner and fronts tell each other. It does not know who runs it.
+
+Everything that goes with every row of every step is an array by position in the batch; full data of a sequence crosses
+once, when it gets its row, and differences after that. All arrays are numpy, on the host, and are never written again
+after they were handed over.
+
+Order of rows in a step: first those with at most `MAX_DECODE_QUERY_LEN` tokens to run, then the others, so that two
+slices of every tensor suffice, each with its own attention call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .sampling_params import SamplingParams
+
+__all__ = [
+    "MAX_DECODE_QUERY_LEN",
+    "CompletionOutput",
+    "EngineOutput",
+    "FinishReason",
+    "LogprobEntry",
+    "ModelOutput",
+    "ModelRunner",
+    "NewSequence",
+    "RequestMetrics",
+    "RequestOutput",
+    "SchedulerOutput",
+]
+
+MAX_DECODE_QUERY_LEN = 16
+"""Rows with at most this many tokens to run go through decode attention."""
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, as users are told."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """Everything the runner needs of a sequence that gets a row: started, or resumed after preemption."""
+
+    row: int
+    token_ids: Int32Array
+    """[num_tokens] prompt plus output so far."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    index: int
+    """Which of the n choices; part of the sampling noise."""
+    stop_token_ids: frozenset[int]
+    """Banned while fewer than `params.min_tokens` outputs exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """The work of one step."""
+
+    step: int
+    """Counts from 0."""
+    removed_rows: Int32Array
+    """Rows whose sequence left since the last step; to be applied before `new_sequences`, which may reuse them."""
+    new_sequences: tuple[NewSequence, ...]
+    rows: Int32Array
+    """[num_seqs] rows that run, in batch order; each once."""
+    num_computed_tokens: Int32Array
+    """[num_seqs] KV entries each row has before this step."""
+    num_scheduled_tokens: Int32Array
+    """[num_seqs] tokens each row runs in this step; at least 1."""
+    num_tokens: int
+    """Sum of `num_scheduled_tokens`."""
+    num_decodes: int
+    """The first so many rows run at most `MAX_DECODE_QUERY_LEN` tokens."""
+    num_decode_tokens: int
+    """Tokens of those rows."""
+    sampled: Int32Array
+    """[num_sampled] positions in the batch, ascending, of rows that catch up with their tokens and sample one."""
+    block_rows: Int32Array
+    """[num_new_blocks] row of each block that joins a block table in this step."""
+    block_columns: Int32Array
+    """[num_new_blocks] its place in that row's table."""
+    block_ids: Int32Array
+    """[num_new_blocks] its physical block."""
+
+
+class LogprobEntry(NamedTuple):
+    """Log-probabilities at one position, of the model's own distribution (before penalties and temperature)."""
+
+    logprob: float
+    """Of the token that is there."""
+    rank: int
+    """How many tokens are at least as likely as it: 1 for the likeliest."""
+    top_ids: list[int]
+    """The likeliest tokens, in descending order; ties to the lower id."""
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What one step computed; rows that asked for more than a token have it by their position in `sampled`."""
+
+    token_ids: Int32Array
+    """[num_sampled] one token per entry of `SchedulerOutput.sampled`."""
+    failed: npt.NDArray[np.bool_] | None = None
+    """[num_sampled] rows whose logits were not finite; their token means nothing. None: no row failed."""
+    logprobs: Mapping[int, LogprobEntry] = field(default_factory=dict)
+    """By position in `sampled`."""
+    prompt_logprobs: Mapping[int, list[LogprobEntry]] = field(default_factory=dict)
+    """By row: entries of this chunk's prompt positions, each about the token after it."""
+    hidden_states: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    """By position in `sampled`: [num_chosen_layers, hidden_size] of the position that produced the token."""
+
+    def wait(self) -> ModelOutput:
+        """Return the output once the device has finished."""
+        return self
+
+
+class ModelRunner(Protocol):
+    """Runs one step."""
+
+    def execute(self, step: SchedulerOutput) -> ModelOutput:
+        """Start the step and return a handle to its output."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Where the time of a sequence went, in seconds of the engine's clock; None: never got there."""
+
+    arrival_time_s: float
+    first_scheduled_time_s: float | None
+    first_token_time_s: float | None
+    finish_time_s: float | None
+    num_cached_tokens: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """News of one sequence: its tokens since the last news, and how it ended if it did."""
+
+    request_id: str
+    index: int
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    """The stop token that ended it."""
+    error: str | None = None
+    """Why, where the reason is ERROR."""
+    new_logprobs: list[LogprobEntry] = field(default_factory=list)
+    prompt_logprobs: list[LogprobEntry] | None = None
+    """Complete, with the last news."""
+    hidden_states: npt.NDArray[np.float32] | None = None
+    """[num_output_tokens, num_chosen_layers, hidden_size], with the last news."""
+    metrics: RequestMetrics | None = None
+    """With the last news."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the n answers to a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended it; None for an end-of-sequence token or a limit."""
+    logprobs: list[LogprobEntry] | None = None
+    hidden_states: npt.NDArray[np.float32] | None = None
+    error: str | None = None
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answer to one request, as the fronts return it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[LogprobEntry | None] | None = None
+    """One entry per prompt token; None for the first, which nothing predicts."""
+    num_cached_tokens: int = 0
