@@ -95,9 +95,9 @@ class Request:
     finish_time_s: float | None = None
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int, int]:
         """The key by which requests are served: nobody overtakes a smaller one."""
-        return (self.priority, self.arrival)
+        return (self.priority, self.arrival, self.index)
 
 
 class RowTable:
