@@ -1,11 +1,13 @@
-"""What every test shares: the tier that sizes loops, and one thread for torch."""
+"""This module holds what every test shares: the tier that sizes loops, seeds, one thread. It does not know any test."""
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from typing import Literal
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Size Hypothesis by the tier: the same examples every time, except when soaking."""
+    tier = config.getoption("--tier")
+    max_examples = {"test": 50, "all": 300, "soak": 3000}[tier]
+    # No deadline: beside other load one example may take many times as long as the last.
+    hypothesis.settings.register_profile(tier, max_examples=max_examples, derandomize=tier != "soak", deadline=None)
+    hypothesis.settings.load_profile(tier)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what belongs to the larger tiers, without counting it as skipped."""
     if config.getoption("--tier") != "test":
@@ -31,6 +42,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if item.get_closest_marker("full") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +61,12 @@ def tier(request: pytest.FixtureRequest) -> Tier:
 def count(tier: Tier) -> Callable[[int, int], int]:
     """Return `count(small, full)`: how often to repeat something in this tier."""
     return lambda small, full: {"test": small, "all": full, "soak": 10 * full}[tier]
+
+
+@pytest.fixture
+def seed(tier: Tier, record_property: Callable[[str, object], None]) -> int:
+    """Return where a test's random numbers start: 0, or when soaking a fresh number, shown if the test fails."""
+    value = secrets.randbits(31) if tier == "soak" else 0
+    record_property("seed", value)
+    print(f"seed = {value}")
+    return value

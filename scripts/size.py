@@ -1,0 +1,93 @@
+"""This script reports how large the tree is and what wants a second look. It does not know what the code does.
+
+The exit status is 1 only where engine/ and kernels/ together exceed the line budget.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("engine", "kernels", "tests", "benchmarks", "scripts")
+BUDGET_LINES = 15_000
+"""For engine/ and kernels/ together, blank lines and comments included: octavo is meant to be read in full."""
+MAX_FILE_LINES = 400
+MAX_KERNEL_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+MAX_KERNEL_BODY_LINES = 120
+NUM_LARGEST = 5
+
+
+class Source(NamedTuple):
+    """One Python file: its path below the root, its text and its count of lines."""
+
+    path: Path
+    text: str
+    num_lines: int
+
+
+def sources(folder: str) -> list[Source]:
+    """Return the Python files below one top folder, sorted by path."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found.append(Source(path.relative_to(ROOT), text, len(text.splitlines())))
+    return found
+
+
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Tell whether a function runs on the device: `@triton.jit`, with or without arguments or other decorators."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def long_functions(source: Source) -> Iterator[str]:
+    """Yield a line of text for every function that is longer than its kind should be, signature included."""
+    try:
+        tree = ast.parse(source.text)
+    except SyntaxError as error:
+        yield f"{source.path}:{error.lineno}: does not parse"
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            limit = MAX_KERNEL_BODY_LINES if is_kernel(node) else MAX_FUNCTION_LINES
+            if num_lines > limit:
+                yield f"{source.path}:{node.lineno}: {node.name} has {num_lines} lines (over {limit})"
+
+
+def second_looks(files: list[Source]) -> Iterator[str]:
+    """Yield what is large enough to ask whether it should be two things; an answer of no is fine."""
+    for source in files:
+        limit = MAX_KERNEL_FILE_LINES if source.path.name.endswith("_triton.py") else MAX_FILE_LINES
+        if source.num_lines > limit:
+            yield f"{source.path}: {source.num_lines} lines (over {limit})"
+        yield from long_functions(source)
+
+
+def main() -> int:
+    """Print the report."""
+    by_folder = {folder: sources(folder) for folder in FOLDERS}
+    files = [source for group in by_folder.values() for source in group]
+    for folder, group in by_folder.items():
+        print(f"  {folder:<11}{sum(source.num_lines for source in group):>7,} lines in {len(group)} files")
+    product = [source for source in files if source.path.parts[0] in ("engine", "kernels")]
+    total = sum(source.num_lines for source in product)
+    print(f"  engine and kernels: {total:,} lines of {BUDGET_LINES:,}")
+    largest = sorted(product, key=lambda source: -source.num_lines)[:NUM_LARGEST]
+    print("  largest: " + ", ".join(f"{source.path} {source.num_lines}" for source in largest))
+    looks = list(second_looks(files))
+    if looks:
+        print("  worth a second look:")
+        print("\n".join(f"    {look}" for look in looks))
+    if total > BUDGET_LINES:
+        print(f"  over the budget by {total - BUDGET_LINES:,} lines")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
