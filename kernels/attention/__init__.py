@@ -1,0 +1,207 @@
+"""This package holds attention over the paged KV cache. It does not know how blocks are handed out.
+
+A sequence of `seq_lens[s]` tokens, this step's included, has `query_len = cu_seqlens_q[s+1] - cu_seqlens_q[s]` query
+rows; row i is at position `seq_lens[s] - query_len + i` and sees the keys at its own and earlier positions, with a
+window only the last `window` of them (its own counts). A row that sees nothing gives zeros and an lse of -inf. Nothing
+outside what a sequence sees is relied on: not the slots past its length, not the table entries past its last block,
+not the blocks its window has left. Query rows from `cu_seqlens_q[-1]` on belong to nobody and are not written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from ..dispatch import active
+
+__all__ = ["paged_attention_decode", "paged_attention_prefill"]
+
+
+@overload
+def paged_attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = ...,
+    soft_cap: float | None = ...,
+    sinks: Tensor | None = ...,
+    k_scale: Tensor | float | None = ...,
+    v_scale: Tensor | float | None = ...,
+    worklist: Any = ...,
+    out: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def paged_attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = ...,
+    soft_cap: float | None = ...,
+    sinks: Tensor | None = ...,
+    k_scale: Tensor | float | None = ...,
+    v_scale: Tensor | float | None = ...,
+    worklist: Any = ...,
+    out: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def paged_attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    worklist: Any = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from any number of query rows per sequence (a prompt, or a chunk of one over its cached prefix).
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim] float, already rotated.
+        k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], this step's tokens already written.
+        cu_seqlens_q: [num_seqs + 1] int32.  seq_lens: [num_seqs] int32.
+        block_table: [num_seqs, max_blocks_per_seq] int32.
+        soft_cap: scores become soft_cap · tanh(score / soft_cap), after `scale`.
+        sinks: [num_q_heads]: per head, a logit that takes part in the softmax and has no value.
+        k_scale, v_scale: int8: [num_blocks, num_kv_heads, block_size] float32; e4m3: one number.
+        worklist: what a backend has planned for this step; None: it plans for itself.
+
+    Returns:
+        [num_tokens, num_q_heads, head_dim] in q's dtype (`out`, where given); with return_lse also the natural log of
+        the softmax's denominator, sink included, [num_tokens, num_q_heads] float32 (float64 for a float64 q).
+    """
+    result: Tensor | tuple[Tensor, Tensor] = active["paged_attention_prefill"](
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q=cu_seqlens_q,
+        seq_lens=seq_lens,
+        block_table=block_table,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        worklist=worklist,
+        out=out,
+        return_lse=return_lse,
+    )
+    return result
+
+
+@overload
+def paged_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = ...,
+    soft_cap: float | None = ...,
+    sinks: Tensor | None = ...,
+    draft_mask: Tensor | None = ...,
+    k_scale: Tensor | float | None = ...,
+    v_scale: Tensor | float | None = ...,
+    plan: Any = ...,
+    out: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def paged_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = ...,
+    soft_cap: float | None = ...,
+    sinks: Tensor | None = ...,
+    draft_mask: Tensor | None = ...,
+    k_scale: Tensor | float | None = ...,
+    v_scale: Tensor | float | None = ...,
+    plan: Any = ...,
+    out: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def paged_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    draft_mask: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    plan: Any = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from at most 16 query rows per sequence: one that decodes, several that verify a draft.
+
+    The arguments are those of `paged_attention_prefill`, and:
+
+    Args:
+        draft_mask: [num_tokens] int64: bit j of a row is set where the row may see its sequence's j-th query token. It
+            only takes away from what the row would see, and says nothing of the keys before this step's.
+        plan: what a backend has planned for this step; None: it plans for itself.
+    """
+    result: Tensor | tuple[Tensor, Tensor] = active["paged_attention_decode"](
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q=cu_seqlens_q,
+        seq_lens=seq_lens,
+        block_table=block_table,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        draft_mask=draft_mask,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        plan=plan,
+        out=out,
+        return_lse=return_lse,
+    )
+    return result

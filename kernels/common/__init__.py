@@ -1,0 +1,1 @@
+"""This package holds what several ops share. It does not know any one op."""
