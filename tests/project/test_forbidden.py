@@ -40,7 +40,7 @@ def dotted(node: ast.expr) -> str:
 
 def aliases(tree: ast.Module) -> dict[str, str]:
     """Return what every imported name stands for: `import torch as t` gives t -> torch."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {name.asname: name.name for name in node.names if name.asname}
@@ -54,16 +54,11 @@ def findings(source: str) -> Iterator[str]:
     tree = ast.parse(source)
     stands_for = aliases(tree)
     for node in ast.walk(tree):
-        match node:
-            case ast.Import(names=names):
-                modules = [name.name for name in names]
-            case ast.ImportFrom(module=str(module), level=0):
-                modules = [module]
-            case _:
-                modules = []
-        for module in modules:
-            if module.split(".")[0] in FORBIDDEN_MODULES:
-                yield f"{node.lineno}: import {module}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            outside = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            for module in outside:
+                if module.split(".")[0] in FORBIDDEN_MODULES and not getattr(node, "level", 0):
+                    yield f"{node.lineno}: import {module}"
         # A reference is as bad as a call: `load = torch.load` calls later, under another name.
         if isinstance(node, ast.Name | ast.Attribute):
             name = dotted(node)
