@@ -17,12 +17,13 @@ help: ## list the targets
 	@echo "octavo: an LLM inference engine. make TARGET, where TARGET is"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 \2/p' $(MAKEFILE_LIST) | awk '{ name = $$1; $$1 = ""; printf "  %-9s%s\n", name, $$0 }'
 
+# Beginnings, not questions: the model ends its turn at once after a question without a chat template.
 demo: $(stamp) ## generate text for four prompts in one batch
 	@$(bin)/octavo generate --model smollm2-135m --temperature 0 --max-tokens 48 \
-	  "What is the capital of France?" \
-	  "Explain in one sentence why the sky is blue." \
-	  "Write a haiku about the sea." \
-	  "Name three things to pack for a hike."
+	  "A large language model is" \
+	  "The sky is blue because" \
+	  "The three primary colors are" \
+	  "Once upon a time, there was a small robot who"
 
 test: check ## the checks and every test that needs no GPU (at most 15 minutes on 2 cores)
 	@$(pytest) --tier=test
