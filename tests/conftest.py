@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Tier = Literal["test", "all", "soak"]
+SEED = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,15 +25,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="test",
         help="test: small counts (minutes); all: the full counts; soak: full counts times ten with fresh seeds",
     )
+    parser.addoption("--seed", type=int, help="where random numbers start, to repeat a run of the soak tier")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Size Hypothesis by the tier: the same examples every time, except when soaking."""
-    tier = config.getoption("--tier")
+    tier, seed = config.getoption("--tier"), config.getoption("--seed")
+    config.stash[SEED] = seed if seed is not None else secrets.randbits(31) if tier == "soak" else 0
     max_examples = {"test": 50, "all": 300, "soak": 3000}[tier]
     # No deadline: beside other load one example may take many times as long as the last.
     hypothesis.settings.register_profile(tier, max_examples=max_examples, derandomize=tier != "soak", deadline=None)
     hypothesis.settings.load_profile(tier)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"tier {config.getoption('--tier')}, seed {config.stash[SEED]}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -63,9 +70,7 @@ def count(tier: Tier) -> Callable[[int, int], int]:
     return lambda small, full: {"test": small, "all": full, "soak": 10 * full}[tier]
 
 
-@pytest.fixture
-def seed(tier: Tier) -> int:
-    """Return where a test's random numbers start: 0; when soaking a fresh number, printed for a test that fails."""
-    value = secrets.randbits(31) if tier == "soak" else 0
-    print(f"seed = {value}")
-    return value
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Return where random numbers start: 0, when soaking a fresh number, or what `--seed` says."""
+    return request.config.stash[SEED]
