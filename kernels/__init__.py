@@ -12,7 +12,7 @@ from .dispatch import BackendError, available_backends, current_backend, use_bac
 
 if TYPE_CHECKING:
     from .activation import gated_activation, ungated_activation
-    from .attention import paged_attention_decode, paged_attention_prefill
+    from .attention import paged_attention_decode, paged_attention_prefill, plan_paged_attention
     from .kv_cache import copy_blocks, write_kv
     from .norm import layer_norm, rms_norm
     from .rope import build_cos_sin
@@ -29,6 +29,7 @@ __all__ = [
     "log_softmax_top",
     "paged_attention_decode",
     "paged_attention_prefill",
+    "plan_paged_attention",
     "rms_norm",
     "sample",
     "ungated_activation",
@@ -38,7 +39,7 @@ __all__ = [
 
 _FAMILIES = {
     "activation": ("gated_activation", "ungated_activation"),
-    "attention": ("paged_attention_decode", "paged_attention_prefill"),
+    "attention": ("paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"),
     "kv_cache": ("copy_blocks", "write_kv"),
     "norm": ("layer_norm", "rms_norm"),
     "rope": ("build_cos_sin",),

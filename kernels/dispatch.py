@@ -35,6 +35,7 @@ _log = logging.getLogger("octavo.kernels")
 OPS: Final[dict[str, dict[Backend, str]]] = {
     "paged_attention_prefill": {"torch": ".attention.reference"},
     "paged_attention_decode": {"torch": ".attention.reference"},
+    "plan_paged_attention": {"torch": ".attention.gather"},
     "write_kv": {"torch": ".kv_cache.reference"},
     "copy_blocks": {"torch": ".kv_cache.reference"},
     "rms_norm": {"torch": ".norm.reference"},

@@ -15,7 +15,31 @@ from torch import Tensor
 
 from ..dispatch import active
 
-__all__ = ["paged_attention_decode", "paged_attention_prefill"]
+__all__ = ["paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"]
+
+
+def plan_paged_attention(
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    *,
+    block_size: int,
+    num_kv_heads: int,
+    invariant: bool = False,
+) -> Any:
+    """Prepare one attention call for all layers of a step; pass the result as `plan` or `worklist`.
+
+    Args:
+        cu_seqlens_q: [num_seqs + 1] int32.  seq_lens: [num_seqs] int32, each at least its query length.
+        block_table: [num_seqs, max_blocks_per_seq] int32.
+        invariant: a row's bits shall depend on its own prefix alone, not on neighbours, chunks or cache hits.
+
+    Returns:
+        What the backend in force wants to know; opaque to callers.
+    """
+    return active["plan_paged_attention"](
+        cu_seqlens_q, seq_lens, block_table, block_size=block_size, num_kv_heads=num_kv_heads, invariant=invariant
+    )
 
 
 @overload

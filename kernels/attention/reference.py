@@ -1,8 +1,9 @@
 """This module holds attention over the paged KV cache in plain torch. It does not know Triton.
 
-Softmax and sums are in float32 (float64 for a float64 q). Both ops gather whole (block, head) tiles into one dense
-tensor, blank the values of slots nobody may see (0 · NaN of a block's last owner would reach its neighbour) and run
-batched matrix products with the `group_size` query heads of one KV head as rows.
+Plain calls (a float32 or float64 cache without scales; no cap, sinks, draft or lse) take the quick walk of `gather.py`.
+What stands here computes all others: softmax and sums in float32 (float64 for a float64 q), both ops gathering whole
+(block, head) tiles into one dense tensor, blanking the values of slots nobody may see (0 · NaN of a block's last owner
+would reach its neighbour), and running batched products with the `group_size` query heads of one KV head as rows.
 """
 
 from __future__ import annotations
@@ -13,12 +14,49 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_attention, check_shape
+from .gather import PagedPlan, attend, plan_paged_attention
 
 __all__ = ["MAX_DECODE_QUERY_LEN", "paged_attention_decode", "paged_attention_prefill"]
 
 MAX_DECODE_QUERY_LEN: Final = 16
 _QUERY_TILE: Final = 128
 """Query tokens that prefill scores at once: bounds the scores held in memory and skips most of the causal triangle."""
+
+
+def _is_plain(
+    q: Tensor,
+    k_cache: Tensor,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+    k_scale: Tensor | float | None,
+    return_lse: bool,
+) -> bool:
+    """Whether the quick walk of `gather.py` computes this call."""
+    return (
+        soft_cap is None
+        and sinks is None
+        and k_scale is None
+        and not return_lse
+        and q.dtype == k_cache.dtype
+        and q.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _check_query_len(cu_seqlens_q: Tensor) -> int:
+    """Return the longest query, or raise ValueError where decode does not take it."""
+    query_len = int(cu_seqlens_q.diff().max()) if len(cu_seqlens_q) > 1 else 0
+    if query_len > MAX_DECODE_QUERY_LEN:
+        raise ValueError(f"a sequence has {query_len} query tokens; decode takes at most {MAX_DECODE_QUERY_LEN}")
+    return query_len
+
+
+def _plan(cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor, k_cache: Tensor) -> PagedPlan | None:
+    """Plan for one call; None where some sequence has query rows before its first key, which see nothing."""
+    if (cu_seqlens_q.diff() > seq_lens).any():
+        return None
+    return plan_paged_attention(
+        cu_seqlens_q, seq_lens, block_table, block_size=k_cache.shape[2], num_kv_heads=k_cache.shape[1]
+    )
 
 
 def _gather(cache: Tensor, scale: Tensor | float | None, blocks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +141,7 @@ def paged_attention_prefill(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `octavo.kernels.paged_attention_prefill`. Plans nothing: `worklist` is not read."""
+    """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `PagedPlan`."""
     check_attention(
         q,
         k_cache,
@@ -118,6 +156,19 @@ def paged_attention_prefill(
         v_scale=v_scale,
         out=out,
     )
+    if _is_plain(q, k_cache, soft_cap, sinks, k_scale, return_lse):
+        if worklist is None:
+            worklist = _plan(cu_seqlens_q, seq_lens, block_table, k_cache)
+        if worklist is not None:
+            return attend(
+                q,
+                k_cache,
+                v_cache,
+                worklist,
+                scale=scale,
+                window=window,
+                out=torch.empty_like(q) if out is None else out,
+            )
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -181,7 +232,7 @@ def paged_attention_decode(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `octavo.kernels.paged_attention_decode`. Plans nothing: `plan` is not read."""
+    """See `octavo.kernels.paged_attention_decode`. `plan` is a `PagedPlan`."""
     check_attention(
         q,
         k_cache,
@@ -196,6 +247,14 @@ def paged_attention_decode(
         v_scale=v_scale,
         out=out,
     )
+    if _is_plain(q, k_cache, soft_cap, sinks, k_scale, return_lse) and draft_mask is None:
+        if plan is None:
+            _check_query_len(cu_seqlens_q)
+            plan = _plan(cu_seqlens_q, seq_lens, block_table, k_cache)
+        if plan is not None:
+            return attend(
+                q, k_cache, v_cache, plan, scale=scale, window=window, out=torch.empty_like(q) if out is None else out
+            )
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     if draft_mask is not None:
@@ -204,9 +263,7 @@ def paged_attention_decode(
     out = torch.empty_like(q) if out is None else out
     lse = q.new_empty((num_tokens, num_q_heads), dtype=dtype)
     query_lens = cu_seqlens_q.diff()
-    query_len = int(query_lens.max()) if len(query_lens) else 0
-    if query_len > MAX_DECODE_QUERY_LEN:
-        raise ValueError(f"a sequence has {query_len} query tokens; decode takes at most {MAX_DECODE_QUERY_LEN}")
+    query_len = _check_query_len(cu_seqlens_q)
     if query_len == 0:
         return (out, lse) if return_lse else out
 

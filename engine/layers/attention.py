@@ -1,0 +1,132 @@
+"""This module holds self-attention over the paged cache and what it is told of a step. It does not know requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from octavo.kernels import paged_attention_decode, paged_attention_prefill, write_kv
+
+from .linear import Linear
+
+__all__ = ["Attention", "AttentionMetadata", "AttentionSlice"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSlice:
+    """The sequences of a step that go through one attention call."""
+
+    cu_seqlens_q: torch.Tensor
+    """[num_seqs + 1] int32, from 0."""
+    seq_lens: torch.Tensor
+    """[num_seqs] int32, this step's tokens included."""
+    block_table: torch.Tensor
+    """[num_seqs, max_blocks_per_seq] int32."""
+    plan: Any
+    """What the backend prepared once for all layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the tokens of a step stand and what they see; shared by all layers."""
+
+    positions: torch.Tensor
+    """[T] int64."""
+    slot_mapping: torch.Tensor
+    """[T] int64, -1: not written."""
+    num_decode_tokens: int
+    """The first so many tokens belong to `decode`, the others to `prefill`."""
+    decode: AttentionSlice | None
+    prefill: AttentionSlice | None
+
+
+class Attention:
+    """Fused q, k, v projection, rotation, cache write, attention, output projection.
+
+    Args:
+        qkv: [(Q + 2 K) * D, H].
+        o: [H, Q * D].
+        num_q_heads, num_kv_heads, head_dim: the heads.
+        window: tokens a query sees, itself included; None: all.
+        cos_sin: [max_position, rotary_dim] float32, or None for no rotation.
+        rope_style: "neox" or "interleaved".
+        q_norm, k_norm: [D] each, or None.
+        eps: of those norms.
+    """
+
+    def __init__(
+        self,
+        qkv: Linear,
+        o: Linear,
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        cos_sin: torch.Tensor | None = None,
+        rope_style: str = "neox",
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        self._qkv = qkv
+        self._o = o
+        self._num_q_heads = num_q_heads
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
+        self._scale = head_dim**-0.5
+        self._window = window
+        self._rotation = {
+            "cos_sin": cos_sin,
+            "rope_style": rope_style,
+            "q_norm": q_norm,
+            "k_norm": k_norm,
+            "eps": eps,
+        }
+
+    def __call__(
+        self, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x: [T, H].
+            k_cache, v_cache: [num_blocks, K, block_size, D], this layer's; written here.
+            metadata: the step.
+
+        Returns:
+            [T, H].
+        """
+        heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
+        q, k, v = heads.split((self._num_q_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
+        write_kv(q, k, v, k_cache, v_cache, metadata.slot_mapping, positions=metadata.positions, **self._rotation)
+        out = torch.empty((x.shape[0], self._num_q_heads, self._head_dim), dtype=x.dtype, device=x.device)
+        split = metadata.num_decode_tokens
+        if (part := metadata.decode) is not None:
+            paged_attention_decode(
+                q[:split],
+                k_cache,
+                v_cache,
+                cu_seqlens_q=part.cu_seqlens_q,
+                seq_lens=part.seq_lens,
+                block_table=part.block_table,
+                scale=self._scale,
+                window=self._window,
+                plan=part.plan,
+                out=out[:split],
+            )
+        if (part := metadata.prefill) is not None:
+            paged_attention_prefill(
+                q[split:],
+                k_cache,
+                v_cache,
+                cu_seqlens_q=part.cu_seqlens_q,
+                seq_lens=part.seq_lens,
+                block_table=part.block_table,
+                scale=self._scale,
+                window=self._window,
+                worklist=part.plan,
+                out=out[split:],
+            )
+        return self._o(out.view(x.shape[0], -1))
