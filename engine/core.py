@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 
-from .errors import EngineDeadError
+from .errors import EngineDeadError, RequestError
 from .request import Request
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
@@ -46,8 +47,7 @@ class EngineCore:
         params: SamplingParams,
         *,
         stream: bool = False,
-        priority: int = 0,
-        cache_salt: str = "",
+        cache_domain: str = "",
     ) -> None:
         """Queue a request: `params.n` sequences over one prompt.
 
@@ -56,22 +56,19 @@ class EngineCore:
             prompt_token_ids: token ids below the width of the logits.
             params: `max_tokens` of None means up to the engine's limit.
             stream: report each token as it comes, instead of all at the end.
-            priority: smaller is earlier, under the priority policy.
-            cache_salt: share prefix blocks only with requests of equal salt.
+            cache_domain: whom the request comes from; prefix blocks never cross domains, whatever `params.cache_salt`.
 
         Raises:
             RequestError: the request can never run, or its id is taken.
         """
         limits = self.scheduler.limits
-        params.validate_for(
+        max_tokens = params.validate_for(
             vocab_size=limits.vocab_size,
-            max_model_len=limits.max_model_len,
-            prompt_token_ids=prompt_token_ids,
+            max_model_len=min(limits.max_model_len, limits.num_slots),
+            prompt_len=len(prompt_token_ids),
         )
-        tokens = np.asarray(prompt_token_ids, dtype=np.int32)
-        room = limits.max_model_len - len(tokens)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        stops = frozenset(params.stop_token_ids or ())
+        tokens = _checked_tokens(prompt_token_ids, limits.vocab_size)
+        stops = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stops |= limits.eos_token_ids
         seed = self._rng.getrandbits(63) if params.seed is None else params.seed
@@ -87,9 +84,9 @@ class EngineCore:
                     params=params,
                     seed=seed,
                     stop_token_ids=stops,
-                    priority=priority,
+                    priority=params.priority,
                     arrival=self._num_arrived,
-                    cache_salt=cache_salt,
+                    cache_salt=f"{len(cache_domain)}:{cache_domain}{params.cache_salt or ''}",
                     stream=stream,
                 )
                 for index in range(params.n)
@@ -117,7 +114,7 @@ class EngineCore:
         """
         work = self.scheduler.schedule()
         if work is None:
-            return self.scheduler.take_news()
+            return []
         try:
             output = self.runner.execute(work).wait()
         except Exception as error:
@@ -125,7 +122,23 @@ class EngineCore:
             if self._num_failed_steps >= MAX_FAILED_STEPS:
                 raise EngineDeadError(f"{MAX_FAILED_STEPS} steps failed in a row, last with {error!r}") from error
             return self.scheduler.fail(work, f"the step that ran this request failed: {error!r}")
+        except BaseException:
+            # Ctrl-C in the middle of a step: what it wrote is unknown, but the engine can go on with other requests.
+            self.scheduler.fail(work, "the step that ran this request was interrupted")
+            raise
         self._num_failed_steps = 0
         return self.scheduler.update(work, output)
 
 
+def _checked_tokens(token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int32]:
+    """Return the prompt as an array, with every id inside the logits' width: a larger one would index past a table."""
+    try:
+        tokens = np.asarray(token_ids)
+    except (TypeError, ValueError):
+        tokens = np.empty(0)
+    # Integers beyond 64 bits become objects, fractions floats, and true or "5" their own kinds.
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise RequestError(
+            f"the prompt's token ids are not all allowed; allowed: 0 to {vocab_size - 1}", param="prompt"
+        )
+    return tokens.astype(np.int32)

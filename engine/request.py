@@ -7,7 +7,6 @@ tokens and counters of all running requests as arrays, so that a decode step cos
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -89,6 +88,13 @@ class Request:
     """Output tokens that have left in an EngineOutput."""
     stop_reason: int | None = None
     logprobs: list[LogprobEntry] = field(default_factory=list)
+    """Of output tokens that have not been reported yet."""
+    prompt_logprobs: list[LogprobEntry] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they are computed; kept across preemption."""
+    hidden_states: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """One [num_chosen_layers, hidden_size] per output token."""
+    digests: list[bytes] = field(default_factory=list)
+    """Root of the prefix chain, then the names of the full blocks hashed so far; kept across preemption."""
     arrival_time_s: float = 0.0
     first_scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
@@ -98,6 +104,11 @@ class Request:
     def order(self) -> tuple[int, int, int]:
         """The key by which requests are served: nobody overtakes a smaller one."""
         return (self.priority, self.arrival, self.index)
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether prompt positions must still be computed for the sake of their log-probabilities."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
 
 class RowTable:
@@ -109,12 +120,9 @@ class RowTable:
         max_num_seqs: number of rows.
         max_model_len: the longest sequence, in tokens.
         vocab_size: width of the logits; all token ids are below it.
-        eos_token_ids: the model's end-of-sequence ids.
     """
 
-    def __init__(
-        self, max_num_seqs: int, max_model_len: int, vocab_size: int, eos_token_ids: Iterable[int] = ()
-    ) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, vocab_size: int) -> None:
         # np.empty leaves the pages of rows and positions never reached untouched: they cost no memory.
         self.token_ids: Int32Array = np.empty((max_num_seqs, max_model_len), dtype=np.int32)
         self.num_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
@@ -122,12 +130,10 @@ class RowTable:
         self.num_prompt_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
         self.max_num_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
         self.streams: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
-        self.stops_on_eos: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
-        self.has_own_stops: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
         self.requests: list[Request | None] = [None] * max_num_seqs
-        self._eos = frozenset(eos_token_ids)
-        self._is_eos: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
-        self._is_eos[list(self._eos)] = True
+        # Ids that stop any request seen so far. It only grows: a token that stops somebody else costs one look at the
+        # row's own set in `finish_status`, so rows with stop tokens of their own cost nothing until one is sampled.
+        self._may_stop: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     @property
@@ -146,12 +152,8 @@ class RowTable:
         self.num_prompt_tokens[row] = request.num_prompt_tokens
         self.max_num_tokens[row] = request.max_num_tokens
         self.streams[row] = request.stream
-        own_stops = request.stop_token_ids - self._eos
-        self.stops_on_eos[row] = bool(self._eos) and self._eos <= request.stop_token_ids
-        # A request that names some but not all of the end-of-sequence ids is checked against its own set.
-        self.has_own_stops[row] = bool(own_stops) or (
-            not self.stops_on_eos[row] and bool(request.stop_token_ids & self._eos)
-        )
+        if request.stop_token_ids:
+            self._may_stop[list(request.stop_token_ids)] = True
         self.requests[row] = request
         request.row = row
         request.status = RequestStatus.RUNNING
@@ -172,10 +174,8 @@ class RowTable:
         self.token_ids[rows, position] = token_ids
         position += 1
         self.num_tokens[rows] = position
-        done = self._is_eos[token_ids]
-        done &= self.stops_on_eos[rows]
+        done = self._may_stop[token_ids]
         done |= position >= self.max_num_tokens[rows]
-        done |= self.has_own_stops[rows]
         return done
 
     def finish_status(self, row: int) -> tuple[RequestStatus, int | None] | None:
@@ -201,7 +201,6 @@ class RowTable:
         request.token_ids = self.token_ids[row, : self.num_tokens[row]].copy()
         request.row = -1
         self.requests[row] = None
-        self.has_own_stops[row] = False
         self._free_rows.append(row)
         return request
 

@@ -1,4 +1,4 @@
-"""This module holds the contract of one step: what scheduler, runner and fronts tell each other. It does not know who runs it.
+"""This module holds the contract of one step: what scheduler, runner and fronts tell each other. It does not know who runs.
 
 Everything that goes with every row of every step is an array by position in the batch; full data of a sequence crosses
 once, when it gets its row, and differences after that. All arrays are numpy, on the host, and are never written again
@@ -72,7 +72,10 @@ class SchedulerOutput:
     step: int
     """Counts from 0."""
     removed_rows: Int32Array
-    """Rows whose sequence left since the last step; to be applied before `new_sequences`, which may reuse them."""
+    """Rows whose sequence left since the last step; to be applied before `new_sequences`, which may reuse them.
+
+    A step that failed is repeated here, so a row may be named that the runner has already taken out or never had.
+    """
     new_sequences: tuple[NewSequence, ...]
     rows: Int32Array
     """[num_seqs] rows that run, in batch order; each once."""
@@ -119,7 +122,7 @@ class ModelOutput:
     logprobs: Mapping[int, LogprobEntry] = field(default_factory=dict)
     """By position in `sampled`."""
     prompt_logprobs: Mapping[int, list[LogprobEntry]] = field(default_factory=dict)
-    """By row: entries of this chunk's prompt positions, each about the token after it."""
+    """By row: one entry for each position of this chunk whose next token belongs to the prompt, about that token."""
     hidden_states: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     """By position in `sampled`: [num_chosen_layers, hidden_size] of the position that produced the token."""
 

@@ -1,0 +1,684 @@
+"""This module holds the decision of what runs in each step. It does not know tensors, text or which device runs.
+
+Charter. Three things happen here and nowhere else: a token budget is split, blocks are given out and taken back, and
+requests change their status. What may never be added: torch, a clock that is not injected, a random number, iteration
+over a set, a Python loop over all running rows, work per step that grows with the length of a sequence. Loops run only
+over rows that are admitted, need a block, fill a block, stream, fail or finish.
+
+No phases. There is no prefill phase and no decode phase: a row has `num_computed_tokens` and `num_tokens`, and every
+step schedules tokens so that the first catches up with the second. A row that catches up samples one token, which puts
+it one behind again. A prompt in chunks, a prefix hit, a resume after preemption are all the same case: the row is more
+than one token behind. In a step rows that are one token behind come first, so a long prompt delays nobody's next token;
+what is left of the budget goes to the others in service order, then to admissions.
+
+Service order is (priority, arrival, index). When blocks run out the last running row is preempted: it loses its blocks,
+waits in the one queue under the order it always had, and is computed again, mostly from its own blocks as long as they
+are still cached. The first row in order is never preempted for another, so it always finishes. Only the head of the
+queue is ever admitted: nobody overtakes it.
+
+Prefix caching by an example, with blocks of 4 tokens and A, B, C asking the same 10 tokens:
+
+1. A is admitted. Nothing is cached: its two full blocks [0, 4) and [4, 8) are announced as pending. Blocks 1, 2, 3.
+2. B is next, and its first missing block is pending: it waits, and so does everybody behind it, for A's step.
+3. update: A has computed 10 tokens. Blocks 1 and 2 enter the cache; block 3 holds [8, 10) and is not full.
+4. B and C are admitted with the table [1, 2] and a hit of 8. Blocks 1 and 2 have 3 references. Each gets a block of its
+   own for the rest, and runs 2 tokens.
+5. A samples two more tokens and runs them: block 3 now holds [8, 12), is full, and enters the cache under a name that
+   includes the two outputs. If B has sampled the same two, its own copy is not entered: the first one wins.
+6. A finishes. Blocks 3, 2, 1 lose a reference in this order. Block 3 is free but can still be found: the next turn of
+   the same conversation starts with all twelve tokens.
+7. D needs a block and only cached ones are free. 3 was freed first and is taken first, so what is lost is the end of a
+   prefix and not its beginning.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RequestError
+from ..request import Request, RequestStatus, RowTable
+from ..step import (
+    MAX_DECODE_QUERY_LEN,
+    EngineOutput,
+    ModelOutput,
+    NewSequence,
+    RequestMetrics,
+    SchedulerOutput,
+)
+from .kv_cache_manager import KVCacheManager, Prefix
+from .limits import SchedulerLimits, SchedulerStats
+from .queue import WaitingQueue
+
+__all__ = ["Scheduler"]
+
+Int32Array = npt.NDArray[np.int32]
+IndexArray = npt.NDArray[np.intp]
+
+NO_INT32 = np.empty(0, dtype=np.int32)
+NOT_FINITE = "the logits of this sequence were not finite"
+
+
+class _Steady(NamedTuple):
+    """Arrays that stay the same from step to step as long as the same rows decode one token each."""
+
+    rows: Int32Array
+    counts: Int32Array
+    sampled: Int32Array
+
+
+class _Flight(NamedTuple):
+    """The step that was handed out and has not come back."""
+
+    work: SchedulerOutput
+    rows: IndexArray
+    """`work.rows`, as an index."""
+    left: list[int]
+    """Rows that were released since."""
+
+
+class _Blocked(NamedTuple):
+    """Why the head of the queue could not be admitted, so that asking again costs no walk over its prefix."""
+
+    request: Request
+    prefix: Prefix
+    waits: bool
+    """For a pending block; else for free blocks."""
+
+
+class _Blocks:
+    """Blocks that join tables in this step."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.columns: list[int] = []
+        self.ids: list[int] = []
+
+    def add(self, row: int, first_column: int, blocks: list[int]) -> None:
+        self.rows += [row] * len(blocks)
+        self.columns += range(first_column, first_column + len(blocks))
+        self.ids += blocks
+
+
+class Scheduler:
+    """Decides which rows run how many tokens in each step, and keeps requests, rows and blocks in order.
+
+    `schedule` and `update` (or `fail`) alternate; `add`, `abort` and `finish` may come at any time.
+
+    Args:
+        limits: what there is to use.
+        clock: returns seconds; never runs backwards.
+    """
+
+    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self.rows = RowTable(limits.max_num_seqs, limits.max_model_len, limits.vocab_size)
+        self.kv = KVCacheManager(limits)
+        self.waiting = WaitingQueue()
+        self._clock = clock
+        self._requests: dict[str, dict[int, Request]] = {}
+        # Running rows in service order. Released rows stay in it until `_drop_released`.
+        self._order: IndexArray = np.empty(0, dtype=np.intp)
+        self._is_running: npt.NDArray[np.bool_] = np.zeros(limits.max_num_seqs, dtype=np.bool_)
+        self._any_released = False
+        self._removed_rows: list[int] = []
+        self._all_decode = True
+        self._steady: _Steady | None = None
+        self._num_streaming = 0
+        self._without_first_token: dict[int, Request] = {}
+        self._blocked: _Blocked | None = None
+        self._flight: _Flight | None = None
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._prefix_cache_queries = 0
+        self._prefix_cache_hits = 0
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queue the sequences of one request: all of them or none.
+
+        Args:
+            requests: of one `request_id`, with distinct indices.
+
+        Raises:
+            RequestError: the id is in use, or one of them could never run.
+        """
+        request_id = requests[0].request_id
+        if request_id in self._requests:
+            raise RequestError(f"request_id is {request_id!r}; allowed: one that is not in use", param="request_id")
+        limits = self.limits
+        for request in requests:
+            if request.max_num_tokens > min(limits.max_model_len, limits.num_slots):
+                raise RequestError(
+                    f"prompt and output are up to {request.max_num_tokens} tokens; allowed: {limits.max_model_len} by "
+                    f"the context, {limits.num_slots} by the KV cache",
+                    param="max_tokens",
+                )
+        now = self._clock()
+        for request in requests:
+            if limits.policy == "fcfs":
+                request.priority = 0
+            request.arrival_time_s = now
+            self.waiting.push(request)
+        self._requests[request_id] = {request.index: request for request in requests}
+
+    def abort(self, request_id: str) -> list[EngineOutput]:
+        """End every sequence of a request and free its blocks; of an unknown or finished id there is nothing to say."""
+        requests = list(self._requests.get(request_id, {}).values())
+        return [self._end(request, RequestStatus.FINISHED_ABORTED) for request in requests]
+
+    def finish(self, request_id: str, index: int, num_output_tokens: int) -> EngineOutput | None:
+        """End one sequence as stopped, keeping its first `num_output_tokens` output tokens.
+
+        Returns:
+            Its last news, or None where it has already ended.
+        """
+        request = self._requests.get(request_id, {}).get(index)
+        if request is None:
+            return None
+        return self._end(request, RequestStatus.FINISHED_STOPPED, num_output_tokens=num_output_tokens)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._requests)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What it holds now and has done so far."""
+        return SchedulerStats(
+            num_running=int(self._is_running.sum()),
+            num_waiting=len(self.waiting),
+            num_free_blocks=self.kv.pool.num_free,
+            num_cached_blocks=self.kv.pool.num_cached,
+            num_steps=self._num_steps,
+            num_preemptions=self._num_preemptions,
+            prefix_cache_queries=self._prefix_cache_queries,
+            prefix_cache_hits=self._prefix_cache_hits,
+        )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached block; who uses one keeps it."""
+        self.kv.pool.forget_all()
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Decide the next step; None where nothing can run."""
+        assert self._flight is None, "schedule() before update() of the step before"
+        self._drop_released()
+        self._inject_preemption()
+        blocks = _Blocks()
+        num_before = len(self._order)
+        counts = self._schedule_running(blocks)
+        new_sequences: list[NewSequence] = []
+        if self.waiting.head() is not None and len(self._order) == num_before:
+            counts, new_sequences = self._admit(counts, blocks)
+        if len(self._order) == 0:
+            return None
+        return self._hand_out(counts, new_sequences, blocks)
+
+    def _schedule_running(self, blocks: _Blocks) -> Int32Array:
+        """Return how many tokens each row of the order runs, and give out the blocks they need."""
+        order = self._order
+        if self._all_decode:
+            counts = self._steady_arrays().counts
+        else:
+            counts = _split_budget(
+                self.rows.num_tokens[order] - self.rows.num_computed_tokens[order], self.limits.max_num_batched_tokens
+            )
+        ends = self.rows.num_computed_tokens[order]
+        ends += counts
+        short = np.flatnonzero(ends > self.kv.capacity[order])
+        if len(short):
+            counts = self._give_blocks(short.tolist(), ends, counts, blocks)
+        return counts
+
+    def _give_blocks(self, short: list[int], ends: Int32Array, counts: Int32Array, blocks: _Blocks) -> Int32Array:
+        """Give blocks to rows in order, preempting from the end of the order where there are none left.
+
+        Args:
+            short: positions in the order that lack blocks, ascending.
+            ends: [num_running] tokens each row must hold.
+            counts: [num_running] tokens each row runs.
+            blocks: where new blocks are noted.
+
+        Returns:
+            The counts of the rows that are left; 0 for one that must stand still.
+        """
+        order, kv = self._order, self.kv
+        num_left = len(order)
+        for i in short:
+            if i >= num_left:
+                break
+            row = int(order[i])
+            first_column = len(kv.tables[row])
+            num_needed = kv.num_blocks_for(int(ends[i])) - first_column
+            while kv.pool.num_free < num_needed and num_left > i + 1:
+                num_left -= 1
+                self._preempt(int(order[num_left]))
+            if kv.pool.num_free < num_needed:
+                # Nobody is behind it: it takes what there is. Older rows will finish, and the first in order never
+                # gets here unless the pool is held from outside.
+                num_needed = kv.pool.num_free
+                num_lacking = int(ends[i]) - (first_column + num_needed) * kv.block_size
+                counts = counts.copy()
+                counts[i] -= num_lacking
+                self._all_decode = False
+            blocks.add(row, first_column, kv.grow(row, num_needed))
+        if num_left < len(order):
+            self._drop_released()
+            counts = counts[:num_left]
+        return counts
+
+    def _admit(self, counts: Int32Array, blocks: _Blocks) -> tuple[Int32Array, list[NewSequence]]:
+        """Admit requests from the head of the queue as long as rows, budget and blocks last."""
+        budget = self.limits.max_num_batched_tokens - int(counts.sum())
+        new_sequences: list[NewSequence] = []
+        admitted: list[tuple[int, int]] = []
+        num_available = -1
+        while budget > 0 and self.rows.num_free_rows > 0:
+            request = self.waiting.head()
+            if request is None:
+                break
+            if num_available < 0:
+                num_available = self._num_available_blocks()
+            prefix = self._look_up(request, num_available)
+            if prefix is None:
+                break
+            self.waiting.pop()
+            count = min(len(request.token_ids) - prefix.num_tokens, budget)
+            row = self._start(request, prefix)
+            first_column = len(prefix.blocks)
+            num_blocks = self.kv.num_blocks_for(prefix.num_tokens + count) - first_column
+            blocks.add(row, 0, prefix.blocks)
+            blocks.add(row, first_column, self.kv.grow(row, num_blocks))
+            new_sequences.append(_new_sequence(request))
+            admitted.append((row, count))
+            budget -= count
+            num_available -= prefix.demand
+        if admitted:
+            counts = self._join_order(admitted, counts)
+        return counts, new_sequences
+
+    def _num_available_blocks(self) -> int:
+        """Return the free blocks that are not spoken for.
+
+        Rows that run will want blocks for the tokens they have and the next one; beside them a hundredth of the pool
+        stays free, so that an admission is not undone by the next block somebody needs. Nothing is kept from a request
+        that would run alone.
+        """
+        order = self._order
+        if len(order) == 0:
+            return self.kv.pool.num_free
+        wanted = self.rows.num_tokens[order] + 1
+        np.minimum(wanted, self.rows.max_num_tokens[order], out=wanted)
+        wanted -= self.kv.capacity[order]
+        wanted += self.kv.block_size - 1
+        np.maximum(wanted, 0, out=wanted)
+        wanted //= self.kv.block_size
+        return max(0, self.kv.pool.num_free - int(wanted.sum()) - self.limits.num_blocks // 100)
+
+    def _look_up(self, request: Request, num_available: int) -> Prefix | None:
+        """Return the prefix with which a request can be admitted now, or None if it has to wait."""
+        kv, blocked = self.kv, self._blocked
+        if blocked is not None and blocked.request is request:
+            if blocked.waits:
+                if kv.is_pending(blocked.prefix.next_digest):
+                    return None
+            elif num_available < blocked.prefix.demand and not kv.pool.has(blocked.prefix.next_digest):
+                return None
+        prefix = kv.look_up(request)
+        waits = kv.is_pending(prefix.next_digest)
+        if waits or prefix.demand > num_available:
+            self._blocked = _Blocked(request, prefix, waits)
+            return None
+        self._blocked = None
+        return prefix
+
+    def _start(self, request: Request, prefix: Prefix) -> int:
+        row = self.rows.admit(request, prefix.num_tokens)
+        self.kv.admit(row, request, prefix)
+        self._is_running[row] = True
+        self._num_streaming += request.stream
+        self._prefix_cache_queries += len(request.token_ids)
+        self._prefix_cache_hits += prefix.num_tokens
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = prefix.num_tokens
+            request.first_scheduled_time_s = self._clock()
+        if request.first_token_time_s is None:
+            self._without_first_token[row] = request
+        return row
+
+    def _join_order(self, admitted: list[tuple[int, int]], counts: Int32Array) -> Int32Array:
+        """Put admitted (row, count) pairs where they belong in the order, and return the counts of the new order."""
+        order = self._order
+        new_rows = np.array([row for row, _ in admitted], dtype=np.intp)
+        new_counts = np.array([count for _, count in admitted], dtype=np.int32)
+        first = self.rows.request(admitted[0][0])
+        if len(order) == 0 or self.rows.request(int(order[-1])).order < first.order:
+            self._order = np.concatenate((order, new_rows))
+            counts = np.concatenate((counts, new_counts))
+        else:
+            keys = [self.rows.request(row).order for row, _ in admitted]
+            places = [bisect(order, key, key=lambda row: self.rows.request(int(row)).order) for key in keys]
+            self._order = np.insert(order, places, new_rows)
+            counts = np.insert(counts, places, new_counts)
+        self._all_decode = False
+        self._steady = None
+        return counts
+
+    def _hand_out(
+        self, counts: Int32Array, new_sequences: list[NewSequence], blocks: _Blocks
+    ) -> SchedulerOutput | None:
+        """Put the rows in batch order and describe the step."""
+        if self._all_decode:
+            rows, counts, sampled = self._steady_arrays()
+            index = self._order
+            num_seqs = num_tokens = num_decodes = num_decode_tokens = len(rows)
+            num_computed = self.rows.num_computed_tokens[index]
+        else:
+            is_decode = (counts > 0) & (counts <= MAX_DECODE_QUERY_LEN)
+            decodes, prefills = np.flatnonzero(is_decode), np.flatnonzero(counts > MAX_DECODE_QUERY_LEN)
+            places = np.concatenate((decodes, prefills))
+            index, counts = self._order[places], counts[places]
+            rows = index.astype(np.int32)
+            num_computed = self.rows.num_computed_tokens[index]
+            sampled = np.flatnonzero(num_computed + counts == self.rows.num_tokens[index]).astype(np.int32)
+            num_seqs, num_tokens = len(rows), int(counts.sum())
+            num_decodes, num_decode_tokens = len(decodes), int(counts[: len(decodes)].sum())
+        if num_seqs == 0:
+            return None
+        removed_rows = np.array(self._removed_rows, dtype=np.int32) if self._removed_rows else NO_INT32
+        self._removed_rows = []
+        work = SchedulerOutput(
+            step=self._num_steps,
+            removed_rows=removed_rows,
+            new_sequences=tuple(new_sequences),
+            rows=rows,
+            num_computed_tokens=num_computed,
+            num_scheduled_tokens=counts,
+            num_tokens=num_tokens,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
+            sampled=sampled,
+            block_rows=np.array(blocks.rows, dtype=np.int32) if blocks.rows else NO_INT32,
+            block_columns=np.array(blocks.columns, dtype=np.int32) if blocks.rows else NO_INT32,
+            block_ids=np.array(blocks.ids, dtype=np.int32) if blocks.rows else NO_INT32,
+        )
+        self._num_steps += 1
+        self._flight = _Flight(work, index, [])
+        return work
+
+    def _steady_arrays(self) -> _Steady:
+        """Return the arrays of a step in which every running row decodes one token."""
+        if self._steady is None:
+            num_seqs = len(self._order)
+            self._steady = _Steady(
+                self._order.astype(np.int32), np.ones(num_seqs, dtype=np.int32), np.arange(num_seqs, dtype=np.int32)
+            )
+        return self._steady
+
+    def _inject_preemption(self) -> None:
+        """Preempt the youngest row where faults ask for it: for tests."""
+        every = self.limits.faults.preempt_every
+        if every == 0 or self._num_steps % every != 0 or len(self._order) == 0:
+            return
+        row = int(self._order[-1])
+        request = self.rows.request(row)
+        # A row that has gained nothing since its last admission is spared, or it would never finish.
+        if request.num_preemptions == 0 or self.rows.num_tokens[row] > len(request.token_ids):
+            self._preempt(row)
+            self._drop_released()
+
+    def _preempt(self, row: int) -> None:
+        request = self._release(row)
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self.waiting.push(request)
+
+    def update(self, work: SchedulerOutput, output: ModelOutput) -> list[EngineOutput]:
+        """Take over what a step computed and return the news of the sequences that have any."""
+        flight = self._land(work)
+        table, index = self.rows, flight.rows
+        ends = work.num_computed_tokens + work.num_scheduled_tokens
+        places: npt.NDArray[np.integer] = work.sampled
+        all_sampled = len(places) == len(index)
+        news: list[EngineOutput] = []
+        caught_up = all_sampled and len(index) == len(self._order)
+
+        if output.failed is not None and output.failed.any():
+            for place in np.flatnonzero(output.failed).tolist():
+                row = int(index[work.sampled[place]])
+                if self._is_running[row]:
+                    news.append(
+                        self._end(table.request(row), RequestStatus.FINISHED_ERROR, error=NOT_FINITE, forget=True)
+                    )
+                    flight.left.append(row)
+        tokens = output.token_ids
+        if flight.left:
+            # Their rows are free, and belong to nobody before the next schedule().
+            stayed = self._is_running[index]
+            kept = stayed[places]
+            all_sampled = False
+            positions = np.flatnonzero(kept)
+            tokens, sampled_rows = tokens[positions], index[places[positions]]
+            index, ends = index[stayed], ends[stayed]
+        else:
+            positions = None
+            sampled_rows = index if all_sampled else index[places]
+
+        table.num_computed_tokens[index] = ends
+        for i in np.flatnonzero(ends >= self.kv.next_full[index]).tolist():
+            row = int(index[i])
+            self.kv.cache_full_blocks(row, table.request(row), table.token_ids[row], int(ends[i]))
+        maybe_done = table.append(sampled_rows, tokens)
+        self._all_decode = caught_up
+        if output.logprobs or output.prompt_logprobs or output.hidden_states:
+            self._keep_extras(flight, output)
+        if self._without_first_token:
+            self._note_first_tokens()
+        if self._num_streaming:
+            maybe_done |= table.streams[sampled_rows]
+        for row in sampled_rows[np.flatnonzero(maybe_done)].tolist():
+            request = table.request(row)
+            end = table.finish_status(row)
+            if end is not None:
+                news.append(self._end(request, end[0], stop_reason=end[1]))
+            elif request.stream:
+                news.append(self._report(request))
+        return news
+
+    def fail(self, work: SchedulerOutput, message: str) -> list[EngineOutput]:
+        """End every sequence of a step that raised: what it wrote is unknown. The others go on.
+
+        Args:
+            work: the step.
+            message: why, for the users.
+        """
+        flight = self._land(work)
+        self._all_decode = False
+        # The runner may have raised before it took the rows out that this step removed.
+        self._removed_rows = [*work.removed_rows.tolist(), *self._removed_rows]
+        return [
+            self._end(self.rows.request(row), RequestStatus.FINISHED_ERROR, error=message)
+            for row in flight.rows[self._is_running[flight.rows]].tolist()
+        ]
+
+    def _land(self, work: SchedulerOutput) -> _Flight:
+        flight = self._flight
+        assert flight is not None, "update() without schedule()"
+        assert flight.work is work, f"update() of step {work.step}; in flight is step {flight.work.step}"
+        self._flight = None
+        return flight
+
+    def _keep_extras(self, flight: _Flight, output: ModelOutput) -> None:
+        """Keep log-probabilities and hidden states with their requests until their next news."""
+        table, sampled = self.rows, flight.work.sampled
+        for place, entry in output.logprobs.items():
+            request = table.requests[flight.rows[sampled[place]]]
+            if request is not None:
+                request.logprobs.append(entry)
+        for place, states in output.hidden_states.items():
+            request = table.requests[flight.rows[sampled[place]]]
+            if request is not None:
+                request.hidden_states.append(states)
+        for row, entries in output.prompt_logprobs.items():
+            request = table.requests[row]
+            if request is not None and entries:
+                # A resumed row computes positions again whose entries it already has.
+                place = int(np.flatnonzero(flight.rows == row)[0])
+                num_known = len(request.prompt_logprobs) - int(flight.work.num_computed_tokens[place])
+                assert num_known >= 0, f"prompt log-probabilities of {request.request_id} have a gap"
+                room = request.num_prompt_tokens - 1 - len(request.prompt_logprobs)
+                request.prompt_logprobs += entries[num_known : num_known + room]
+
+    def _note_first_tokens(self) -> None:
+        num_tokens = self.rows.num_tokens
+        found = [row for row, r in self._without_first_token.items() if num_tokens[row] > r.num_prompt_tokens]
+        if found:
+            now = self._clock()
+            for row in found:
+                self._without_first_token.pop(row).first_token_time_s = now
+
+    def _report(self, request: Request) -> EngineOutput:
+        """Return the news of a sequence that goes on."""
+        token_ids = self.rows.output_token_ids(request, request.num_reported_tokens)
+        request.num_reported_tokens += len(token_ids)
+        logprobs, request.logprobs = request.logprobs, []
+        return EngineOutput(request.request_id, request.index, token_ids, new_logprobs=logprobs)
+
+    def _end(
+        self,
+        request: Request,
+        status: RequestStatus,
+        *,
+        num_output_tokens: int | None = None,
+        stop_reason: int | None = None,
+        error: str | None = None,
+        forget: bool = False,
+    ) -> EngineOutput:
+        """End a sequence wherever it is, give back what it holds, and return its last news.
+
+        Args:
+            request: not finished.
+            status: final.
+            num_output_tokens: output tokens to keep; None: all.
+            stop_reason: the stop token that ended it.
+            error: why it failed.
+            forget: nothing in its blocks can be trusted.
+        """
+        token_ids = self.rows.output_token_ids(request)[:num_output_tokens]
+        hidden_states = request.hidden_states[: len(token_ids)]
+        if request.row >= 0:
+            self._release(request.row, forget=forget)
+            request.status = status
+        else:
+            request.status = status
+            self.waiting.mark_dead()
+        siblings = self._requests[request.request_id]
+        del siblings[request.index]
+        if not siblings:
+            del self._requests[request.request_id]
+        request.stop_reason = stop_reason
+        request.finish_time_s = self._clock()
+        start = request.num_reported_tokens
+        request.num_reported_tokens = len(token_ids)
+        return EngineOutput(
+            request_id=request.request_id,
+            index=request.index,
+            new_token_ids=token_ids[start:],
+            finish_reason=status.finish_reason,
+            stop_reason=stop_reason,
+            error=error,
+            new_logprobs=request.logprobs[: max(0, len(token_ids) - start)],
+            prompt_logprobs=request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
+            hidden_states=np.stack(hidden_states) if hidden_states else None,
+            metrics=RequestMetrics(
+                arrival_time_s=request.arrival_time_s,
+                first_scheduled_time_s=request.first_scheduled_time_s,
+                first_token_time_s=request.first_token_time_s,
+                finish_time_s=request.finish_time_s,
+                num_cached_tokens=max(0, request.num_cached_tokens),
+                num_preemptions=request.num_preemptions,
+            ),
+        )
+
+    def _release(self, row: int, *, forget: bool = False) -> Request:
+        """Take row and blocks from a running sequence."""
+        request = self.rows.release(row)
+        self.kv.release(row, request, forget=forget)
+        self._is_running[row] = False
+        self._any_released = True
+        self._removed_rows.append(row)
+        self._num_streaming -= request.stream
+        self._without_first_token.pop(row, None)
+        if self._flight is not None:
+            self._flight.left.append(row)
+        return request
+
+    def _drop_released(self) -> None:
+        if self._any_released:
+            self._order = self._order[self._is_running[self._order]]
+            self._any_released = False
+            self._steady = None
+
+    def check_integrity(self) -> None:
+        """Assert every invariant of scheduler, tables and pool: for tests, O(everything)."""
+        running = {row: request for row, request in enumerate(self.rows.requests) if request is not None}
+        self.kv.check_integrity(running)
+        assert sorted(running) == np.flatnonzero(self._is_running).tolist(), "rows and running flags differ"
+        assert len(running) + self.rows.num_free_rows == self.limits.max_num_seqs, "a row is lost"
+        order = self._order[self._is_running[self._order]].tolist()
+        assert sorted(order) == sorted(running), "rows and service order differ"
+        keys = [running[row].order for row in order]
+        assert keys == sorted(keys), "running rows are out of order"
+        for row, request in running.items():
+            assert request.row == row, f"row {row} is held by a request of row {request.row}"
+            assert request.status == RequestStatus.RUNNING, f"row {row} is {request.status.name}"
+            num_computed, num_tokens = int(self.rows.num_computed_tokens[row]), int(self.rows.num_tokens[row])
+            assert 0 <= num_computed < num_tokens <= request.max_num_tokens, (
+                f"row {row}: {num_computed} of {num_tokens}"
+            )
+            assert num_computed <= self.kv.capacity[row], f"row {row} has computed past its blocks"
+        waiting = self.waiting.requests()
+        assert len(waiting) == len(self.waiting), "the queue has miscounted its dead"
+        for request in waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request.status.name
+            assert request.row < 0, f"{request.request_id} waits with row {request.row}"
+        alive = {id(request) for siblings in self._requests.values() for request in siblings.values()}
+        assert alive == {id(request) for request in [*waiting, *running.values()]}, "a request is lost"
+        assert self._num_streaming == sum(request.stream for request in running.values()), "streaming rows miscounted"
+
+
+def _new_sequence(request: Request) -> NewSequence:
+    return NewSequence(
+        row=request.row,
+        token_ids=request.token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+        params=request.params,
+        seed=request.seed,
+        index=request.index,
+        stop_token_ids=request.stop_token_ids,
+    )
+
+
+def _split_budget(todo: Int32Array, budget: int) -> Int32Array:
+    """Split a token budget: rows that are one token behind first, the others in order with what is left.
+
+    Args:
+        todo: [num_running] tokens each row is behind; at least 1.
+        budget: tokens of the step; at least the number of rows.
+
+    Returns:
+        [num_running] int32 tokens to run, 0 where the budget did not reach.
+    """
+    counts = np.ones_like(todo)
+    behind = np.flatnonzero(todo > 1)
+    wanted = todo[behind]
+    left = budget - (len(todo) - len(behind))
+    before = np.cumsum(wanted) - wanted
+    counts[behind] = np.clip(left - before, 0, wanted)
+    return counts
