@@ -1,0 +1,51 @@
+"""This module holds the step's attention metadata: the split into decode and prefill and each one's plan. It does not
+know the layers that read it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from octavo.kernels import plan_paged_attention
+
+from ..layers.attention import AttentionMetadata, AttentionSlice
+from ..step import SchedulerOutput
+from .input_batch import StepInputs
+
+__all__ = ["build_attention_metadata"]
+
+
+def build_attention_metadata(
+    step: SchedulerOutput,
+    inputs: StepInputs,
+    *,
+    block_size: int,
+    num_kv_heads: int,
+    device: torch.device,
+    invariant: bool,
+) -> AttentionMetadata:
+    """Build what all layers share in one step.
+
+    Args:
+        invariant: plan for bits that do not depend on neighbours, chunks or cache hits.
+    """
+
+    def part(start: int, stop: int) -> AttentionSlice | None:
+        if start == stop:
+            return None
+        cu_seqlens_q = torch.from_numpy(inputs.cu_seqlens_q[start : stop + 1] - inputs.cu_seqlens_q[start])
+        seq_lens = torch.from_numpy(inputs.seq_lens[start:stop])
+        num_columns = -(-int(inputs.seq_lens[start:stop].max()) // block_size)
+        block_table = torch.from_numpy(np.ascontiguousarray(inputs.block_table[start:stop, :num_columns]))
+        plan = plan_paged_attention(
+            cu_seqlens_q, seq_lens, block_table, block_size=block_size, num_kv_heads=num_kv_heads, invariant=invariant
+        )
+        return AttentionSlice(cu_seqlens_q.to(device), seq_lens.to(device), block_table.to(device), plan)
+
+    return AttentionMetadata(
+        positions=torch.from_numpy(inputs.positions).to(device),
+        slot_mapping=torch.from_numpy(inputs.slot_mapping).to(device),
+        num_decode_tokens=step.num_decode_tokens,
+        decode=part(0, step.num_decodes),
+        prefill=part(step.num_decodes, len(step.rows)),
+    )

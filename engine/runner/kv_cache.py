@@ -1,0 +1,34 @@
+"""This module holds the storage of keys and values. It does not know who owns which block."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import ModelConfig
+from ..models.decoder import LayerCache
+
+__all__ = ["allocate_kv_cache", "kv_bytes_per_token"]
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of keys and values that one token takes over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def allocate_kv_cache(
+    config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    """Allocate the cache of every layer.
+
+    Args:
+        num_blocks: blocks that can be handed out; block 0, the null block, comes on top of them.
+
+    Returns:
+        Per layer two zeroed [num_blocks + 1, num_kv_heads, block_size, head_dim] tensors. On a CPU the pages of
+        blocks never written take no memory.
+    """
+    shape = (num_blocks + 1, config.num_kv_heads, block_size, config.head_dim)
+    return [
+        LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(config.num_layers)
+    ]
