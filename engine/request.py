@@ -159,7 +159,7 @@ class RowTable:
         request.status = RequestStatus.RUNNING
         return row
 
-    def append(self, rows: Int32Array, token_ids: Int32Array) -> npt.NDArray[np.bool_]:
+    def append(self, rows: npt.NDArray[np.integer], token_ids: Int32Array) -> npt.NDArray[np.bool_]:
         """Append one sampled token to each row.
 
         Args:

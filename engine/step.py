@@ -1,4 +1,4 @@
-"""This module holds the contract of one step: what scheduler, runner and fronts tell each other. It does not know who runs.
+"""This module holds the contract of one step: what scheduler, runner and fronts tell each other. It does not know them.
 
 Everything that goes with every row of every step is an array by position in the batch; full data of a sequence crosses
 once, when it gets its row, and differences after that. All arrays are numpy, on the host, and are never written again

@@ -166,12 +166,14 @@ class FakeRunner:
         which = np.repeat(np.arange(len(rows)), lengths)
         positions = np.arange(len(which)) - firsts[which] + starts[which]
         token_rows = rows[which]
-        values = _mix_array(self.token_ids[token_rows, positions].astype(np.uint64), positions.astype(np.uint64))
+        values: UInt64Array = _mix_array(
+            self.token_ids[token_rows, positions].astype(np.uint64), positions.astype(np.uint64)
+        )
         going_on = np.flatnonzero(starts > 0)
         before = np.zeros(len(rows), dtype=np.uint64)
         before[going_on] = self.slots[self._slots_of(rows[going_on], starts[going_on] - 1)]
         sums = np.cumsum(values, dtype=np.uint64)
-        values = sums - (sums - values)[firsts][which] + before[which]
+        values = sums + (before - (sums - values)[firsts])[which]
         self.slots[self._slots_of(token_rows, positions)] = values
         return values
 

@@ -42,16 +42,11 @@ import numpy.typing as npt
 
 from ..errors import RequestError
 from ..request import Request, RequestStatus, RowTable
-from ..step import (
-    MAX_DECODE_QUERY_LEN,
-    EngineOutput,
-    ModelOutput,
-    NewSequence,
-    RequestMetrics,
-    SchedulerOutput,
-)
+from ..step import EngineOutput, ModelOutput, NewSequence, SchedulerOutput
+from .batch import NewBlocks, Steady, batch_order, split_budget, steady_batch, to_int32
 from .kv_cache_manager import KVCacheManager, Prefix
 from .limits import SchedulerLimits, SchedulerStats
+from .news import keep_extras, last_news, news
 from .queue import WaitingQueue
 
 __all__ = ["Scheduler"]
@@ -59,16 +54,7 @@ __all__ = ["Scheduler"]
 Int32Array = npt.NDArray[np.int32]
 IndexArray = npt.NDArray[np.intp]
 
-NO_INT32 = np.empty(0, dtype=np.int32)
 NOT_FINITE = "the logits of this sequence were not finite"
-
-
-class _Steady(NamedTuple):
-    """Arrays that stay the same from step to step as long as the same rows decode one token each."""
-
-    rows: Int32Array
-    counts: Int32Array
-    sampled: Int32Array
 
 
 class _Flight(NamedTuple):
@@ -88,20 +74,6 @@ class _Blocked(NamedTuple):
     prefix: Prefix
     waits: bool
     """For a pending block; else for free blocks."""
-
-
-class _Blocks:
-    """Blocks that join tables in this step."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.columns: list[int] = []
-        self.ids: list[int] = []
-
-    def add(self, row: int, first_column: int, blocks: list[int]) -> None:
-        self.rows += [row] * len(blocks)
-        self.columns += range(first_column, first_column + len(blocks))
-        self.ids += blocks
 
 
 class Scheduler:
@@ -127,7 +99,7 @@ class Scheduler:
         self._any_released = False
         self._removed_rows: list[int] = []
         self._all_decode = True
-        self._steady: _Steady | None = None
+        self._steady: Steady | None = None
         self._num_streaming = 0
         self._without_first_token: dict[int, Request] = {}
         self._blocked: _Blocked | None = None
@@ -209,7 +181,7 @@ class Scheduler:
         assert self._flight is None, "schedule() before update() of the step before"
         self._drop_released()
         self._inject_preemption()
-        blocks = _Blocks()
+        blocks = NewBlocks()
         num_before = len(self._order)
         counts = self._schedule_running(blocks)
         new_sequences: list[NewSequence] = []
@@ -219,13 +191,13 @@ class Scheduler:
             return None
         return self._hand_out(counts, new_sequences, blocks)
 
-    def _schedule_running(self, blocks: _Blocks) -> Int32Array:
+    def _schedule_running(self, blocks: NewBlocks) -> Int32Array:
         """Return how many tokens each row of the order runs, and give out the blocks they need."""
         order = self._order
         if self._all_decode:
-            counts = self._steady_arrays().counts
+            counts = self._steady_batch().counts
         else:
-            counts = _split_budget(
+            counts = split_budget(
                 self.rows.num_tokens[order] - self.rows.num_computed_tokens[order], self.limits.max_num_batched_tokens
             )
         ends = self.rows.num_computed_tokens[order]
@@ -235,7 +207,7 @@ class Scheduler:
             counts = self._give_blocks(short.tolist(), ends, counts, blocks)
         return counts
 
-    def _give_blocks(self, short: list[int], ends: Int32Array, counts: Int32Array, blocks: _Blocks) -> Int32Array:
+    def _give_blocks(self, short: list[int], ends: Int32Array, counts: Int32Array, blocks: NewBlocks) -> Int32Array:
         """Give blocks to rows in order, preempting from the end of the order where there are none left.
 
         Args:
@@ -272,7 +244,7 @@ class Scheduler:
             counts = counts[:num_left]
         return counts
 
-    def _admit(self, counts: Int32Array, blocks: _Blocks) -> tuple[Int32Array, list[NewSequence]]:
+    def _admit(self, counts: Int32Array, blocks: NewBlocks) -> tuple[Int32Array, list[NewSequence]]:
         """Admit requests from the head of the queue as long as rows, budget and blocks last."""
         budget = self.limits.max_num_batched_tokens - int(counts.sum())
         new_sequences: list[NewSequence] = []
@@ -370,27 +342,25 @@ class Scheduler:
         return counts
 
     def _hand_out(
-        self, counts: Int32Array, new_sequences: list[NewSequence], blocks: _Blocks
+        self, counts: Int32Array, new_sequences: list[NewSequence], blocks: NewBlocks
     ) -> SchedulerOutput | None:
         """Put the rows in batch order and describe the step."""
         if self._all_decode:
-            rows, counts, sampled = self._steady_arrays()
+            rows, counts, sampled = self._steady_batch()
             index = self._order
             num_seqs = num_tokens = num_decodes = num_decode_tokens = len(rows)
             num_computed = self.rows.num_computed_tokens[index]
         else:
-            is_decode = (counts > 0) & (counts <= MAX_DECODE_QUERY_LEN)
-            decodes, prefills = np.flatnonzero(is_decode), np.flatnonzero(counts > MAX_DECODE_QUERY_LEN)
-            places = np.concatenate((decodes, prefills))
+            places, num_decodes = batch_order(counts)
             index, counts = self._order[places], counts[places]
             rows = index.astype(np.int32)
             num_computed = self.rows.num_computed_tokens[index]
             sampled = np.flatnonzero(num_computed + counts == self.rows.num_tokens[index]).astype(np.int32)
             num_seqs, num_tokens = len(rows), int(counts.sum())
-            num_decodes, num_decode_tokens = len(decodes), int(counts[: len(decodes)].sum())
+            num_decode_tokens = int(counts[:num_decodes].sum())
         if num_seqs == 0:
             return None
-        removed_rows = np.array(self._removed_rows, dtype=np.int32) if self._removed_rows else NO_INT32
+        removed_rows = to_int32(self._removed_rows)
         self._removed_rows = []
         work = SchedulerOutput(
             step=self._num_steps,
@@ -403,21 +373,17 @@ class Scheduler:
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
             sampled=sampled,
-            block_rows=np.array(blocks.rows, dtype=np.int32) if blocks.rows else NO_INT32,
-            block_columns=np.array(blocks.columns, dtype=np.int32) if blocks.rows else NO_INT32,
-            block_ids=np.array(blocks.ids, dtype=np.int32) if blocks.rows else NO_INT32,
+            block_rows=to_int32(blocks.rows),
+            block_columns=to_int32(blocks.columns),
+            block_ids=to_int32(blocks.ids),
         )
         self._num_steps += 1
         self._flight = _Flight(work, index, [])
         return work
 
-    def _steady_arrays(self) -> _Steady:
-        """Return the arrays of a step in which every running row decodes one token."""
+    def _steady_batch(self) -> Steady:
         if self._steady is None:
-            num_seqs = len(self._order)
-            self._steady = _Steady(
-                self._order.astype(np.int32), np.ones(num_seqs, dtype=np.int32), np.arange(num_seqs, dtype=np.int32)
-            )
+            self._steady = steady_batch(self._order)
         return self._steady
 
     def _inject_preemption(self) -> None:
@@ -443,53 +409,48 @@ class Scheduler:
         """Take over what a step computed and return the news of the sequences that have any."""
         flight = self._land(work)
         table, index = self.rows, flight.rows
-        ends = work.num_computed_tokens + work.num_scheduled_tokens
-        places: npt.NDArray[np.integer] = work.sampled
-        all_sampled = len(places) == len(index)
-        news: list[EngineOutput] = []
-        caught_up = all_sampled and len(index) == len(self._order)
-
-        if output.failed is not None and output.failed.any():
-            for place in np.flatnonzero(output.failed).tolist():
-                row = int(index[work.sampled[place]])
-                if self._is_running[row]:
-                    news.append(
-                        self._end(table.request(row), RequestStatus.FINISHED_ERROR, error=NOT_FINITE, forget=True)
-                    )
-                    flight.left.append(row)
-        tokens = output.token_ids
+        said = self._end_failed(flight, output)
+        tokens, ends = output.token_ids, work.num_computed_tokens + work.num_scheduled_tokens
+        all_sampled = len(work.sampled) == len(index)
+        self._all_decode = all_sampled and len(index) == len(self._order)
+        sampled_rows = index if all_sampled else index[work.sampled]
         if flight.left:
             # Their rows are free, and belong to nobody before the next schedule().
+            stayed = self._is_running[sampled_rows]
+            sampled_rows, tokens = sampled_rows[stayed], tokens[stayed]
             stayed = self._is_running[index]
-            kept = stayed[places]
-            all_sampled = False
-            positions = np.flatnonzero(kept)
-            tokens, sampled_rows = tokens[positions], index[places[positions]]
             index, ends = index[stayed], ends[stayed]
-        else:
-            positions = None
-            sampled_rows = index if all_sampled else index[places]
 
         table.num_computed_tokens[index] = ends
         for i in np.flatnonzero(ends >= self.kv.next_full[index]).tolist():
             row = int(index[i])
             self.kv.cache_full_blocks(row, table.request(row), table.token_ids[row], int(ends[i]))
-        maybe_done = table.append(sampled_rows, tokens)
-        self._all_decode = caught_up
+        speaks = table.append(sampled_rows, tokens)
         if output.logprobs or output.prompt_logprobs or output.hidden_states:
-            self._keep_extras(flight, output)
+            keep_extras(table, flight.rows, work, output)
         if self._without_first_token:
             self._note_first_tokens()
         if self._num_streaming:
-            maybe_done |= table.streams[sampled_rows]
-        for row in sampled_rows[np.flatnonzero(maybe_done)].tolist():
+            speaks |= table.streams[sampled_rows]
+        for row in sampled_rows[np.flatnonzero(speaks)].tolist():
             request = table.request(row)
             end = table.finish_status(row)
             if end is not None:
-                news.append(self._end(request, end[0], stop_reason=end[1]))
+                said.append(self._end(request, end[0], stop_reason=end[1]))
             elif request.stream:
-                news.append(self._report(request))
-        return news
+                said.append(news(request, table))
+        return said
+
+    def _end_failed(self, flight: _Flight, output: ModelOutput) -> list[EngineOutput]:
+        """End the rows whose logits were not finite; nobody may find their blocks, whoever computed them."""
+        said: list[EngineOutput] = []
+        if output.failed is not None:
+            for row in flight.rows[flight.work.sampled[output.failed]].tolist():
+                if self._is_running[row]:
+                    request = self.rows.request(row)
+                    said.append(self._end(request, RequestStatus.FINISHED_ERROR, error=NOT_FINITE, forget=True))
+                    flight.left.append(row)
+        return said
 
     def fail(self, work: SchedulerOutput, message: str) -> list[EngineOutput]:
         """End every sequence of a step that raised: what it wrote is unknown. The others go on.
@@ -514,27 +475,6 @@ class Scheduler:
         self._flight = None
         return flight
 
-    def _keep_extras(self, flight: _Flight, output: ModelOutput) -> None:
-        """Keep log-probabilities and hidden states with their requests until their next news."""
-        table, sampled = self.rows, flight.work.sampled
-        for place, entry in output.logprobs.items():
-            request = table.requests[flight.rows[sampled[place]]]
-            if request is not None:
-                request.logprobs.append(entry)
-        for place, states in output.hidden_states.items():
-            request = table.requests[flight.rows[sampled[place]]]
-            if request is not None:
-                request.hidden_states.append(states)
-        for row, entries in output.prompt_logprobs.items():
-            request = table.requests[row]
-            if request is not None and entries:
-                # A resumed row computes positions again whose entries it already has.
-                place = int(np.flatnonzero(flight.rows == row)[0])
-                num_known = len(request.prompt_logprobs) - int(flight.work.num_computed_tokens[place])
-                assert num_known >= 0, f"prompt log-probabilities of {request.request_id} have a gap"
-                room = request.num_prompt_tokens - 1 - len(request.prompt_logprobs)
-                request.prompt_logprobs += entries[num_known : num_known + room]
-
     def _note_first_tokens(self) -> None:
         num_tokens = self.rows.num_tokens
         found = [row for row, r in self._without_first_token.items() if num_tokens[row] > r.num_prompt_tokens]
@@ -542,13 +482,6 @@ class Scheduler:
             now = self._clock()
             for row in found:
                 self._without_first_token.pop(row).first_token_time_s = now
-
-    def _report(self, request: Request) -> EngineOutput:
-        """Return the news of a sequence that goes on."""
-        token_ids = self.rows.output_token_ids(request, request.num_reported_tokens)
-        request.num_reported_tokens += len(token_ids)
-        logprobs, request.logprobs = request.logprobs, []
-        return EngineOutput(request.request_id, request.index, token_ids, new_logprobs=logprobs)
 
     def _end(
         self,
@@ -571,7 +504,6 @@ class Scheduler:
             forget: nothing in its blocks can be trusted.
         """
         token_ids = self.rows.output_token_ids(request)[:num_output_tokens]
-        hidden_states = request.hidden_states[: len(token_ids)]
         if request.row >= 0:
             self._release(request.row, forget=forget)
             request.status = status
@@ -584,27 +516,7 @@ class Scheduler:
             del self._requests[request.request_id]
         request.stop_reason = stop_reason
         request.finish_time_s = self._clock()
-        start = request.num_reported_tokens
-        request.num_reported_tokens = len(token_ids)
-        return EngineOutput(
-            request_id=request.request_id,
-            index=request.index,
-            new_token_ids=token_ids[start:],
-            finish_reason=status.finish_reason,
-            stop_reason=stop_reason,
-            error=error,
-            new_logprobs=request.logprobs[: max(0, len(token_ids) - start)],
-            prompt_logprobs=request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
-            hidden_states=np.stack(hidden_states) if hidden_states else None,
-            metrics=RequestMetrics(
-                arrival_time_s=request.arrival_time_s,
-                first_scheduled_time_s=request.first_scheduled_time_s,
-                first_token_time_s=request.first_token_time_s,
-                finish_time_s=request.finish_time_s,
-                num_cached_tokens=max(0, request.num_cached_tokens),
-                num_preemptions=request.num_preemptions,
-            ),
-        )
+        return last_news(request, token_ids, error)
 
     def _release(self, row: int, *, forget: bool = False) -> Request:
         """Take row and blocks from a running sequence."""
@@ -663,22 +575,3 @@ def _new_sequence(request: Request) -> NewSequence:
         index=request.index,
         stop_token_ids=request.stop_token_ids,
     )
-
-
-def _split_budget(todo: Int32Array, budget: int) -> Int32Array:
-    """Split a token budget: rows that are one token behind first, the others in order with what is left.
-
-    Args:
-        todo: [num_running] tokens each row is behind; at least 1.
-        budget: tokens of the step; at least the number of rows.
-
-    Returns:
-        [num_running] int32 tokens to run, 0 where the budget did not reach.
-    """
-    counts = np.ones_like(todo)
-    behind = np.flatnonzero(todo > 1)
-    wanted = todo[behind]
-    left = budget - (len(todo) - len(behind))
-    before = np.cumsum(wanted) - wanted
-    counts[behind] = np.clip(left - before, 0, wanted)
-    return counts
