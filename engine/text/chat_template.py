@@ -1,0 +1,263 @@
+"""This module holds the step from messages to a prompt. It does not know the model, HTTP or the tokenizer's format.
+
+A template comes from the model's folder or from the operator, never from a request. Control tokens written inside a
+message are hidden from the template behind lone surrogates, which no valid text contains, and put back afterwards; where they
+stand is then known exactly, so that the tokenizer can encode them as text.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from jinja2.exceptions import TemplateError
+
+from ..errors import CheckpointError, RequestError
+from .template_sandbox import BoundedEnvironment, TemplateLimits, TemplateRefusalError
+from .tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "RenderedPrompt"]
+
+_MAX_MESSAGES = 1024
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MESSAGE_KEYS = frozenset(("role", "content", "name", "reasoning_content"))
+_TEMPLATE_KWARGS: Mapping[str, type] = {"enable_thinking": bool}
+_TEMPLATE_FAULTS = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError),
+    *(MemoryError, RecursionError, TypeError, ValueError),
+)
+_PLACEHOLDER = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+class RenderedPrompt(NamedTuple):
+    """A prompt, and the [start, end) spans in characters in which no special token may be parsed."""
+
+    text: str
+    plain_spans: tuple[tuple[int, int], ...]
+
+
+class ChatTemplate:
+    """Renders messages with a Jinja template.
+
+    Args:
+        tokenizer: whose control tokens and names (bos_token, ...) the template uses.
+        source: the operator's template; None: the tokenizer's own.
+        limits: time and size of one render.
+        now: today, for templates that print it.
+        clock: monotonic seconds, for the time limit.
+
+    Raises:
+        CheckpointError: there is no template, or it does not compile.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: str | None = None,
+        *,
+        limits: TemplateLimits | None = None,
+        now: Callable[[], datetime] = datetime.now,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if source is None:
+            source = tokenizer.chat_template
+        if source is None:
+            raise CheckpointError("chat template", "is missing: the tokenizer has none; give one with --chat-template")
+        self._tokenizer = tokenizer
+        self._environment = BoundedEnvironment(
+            limits or TemplateLimits(), strftime_now=lambda format_: now().strftime(format_[:100]), clock=clock
+        )
+        try:
+            self._template = self._environment.compile_bounded(source)
+        except Exception as error:
+            # Besides TemplateError, Python's own compiler gives up on what is nested too deeply.
+            raise CheckpointError("chat template", f"does not compile: {str(error)[:500]}") from error
+        self._guard = _Guard(tokenizer)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedPrompt:
+        """Render messages to a prompt.
+
+        Args:
+            messages: 1 to 1024 of {"role", "content", "name", "reasoning_content"}; content is a string or a list of
+                {"type": "text", "text": ...}, which are joined by newlines.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            tools: only None.
+            chat_template_kwargs: `enable_thinking` and no others.
+
+        Raises:
+            RequestError: the messages are not valid, or the template refuses them or exceeds its limits.
+        """
+        if tools is not None:
+            raise RequestError("tools are not supported; leave the field out", "tools")
+        extra = _check_kwargs(chat_template_kwargs or {})
+        hidden: list[str] = []
+        checked = _check_messages(messages)
+        for message in checked:
+            for key, value in message.items():
+                if key != "role":
+                    message[key] = self._guard.hide(value, hidden)
+        variables = {
+            **self._tokenizer.named_tokens,
+            **extra,
+            "messages": checked,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._environment.render_bounded(self._template, variables)
+        except TemplateRefusalError as error:
+            raise RequestError(f"the chat template refuses the messages: {error}", "messages") from None
+        except (
+            TemplateError,
+            ArithmeticError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # The error's text may quote a message, which belongs to the request only.
+            raise RequestError(f"the chat template failed: {str(error)[:500]}", "messages") from error
+        return _restore(text, hidden)
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Render messages and encode the prompt as a whole; BOS is the template's to write. See `render`."""
+        prompt = self.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self._tokenizer.encode(prompt.text, add_bos=False, plain_spans=prompt.plain_spans)
+
+
+class _Guard:
+    """Hides, in one message, every control token and every character that could complete one with its surroundings."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._pattern = tokenizer.control_pattern
+        self._tokens = tuple(tokenizer.control_tokens)
+        self._longest = max(map(len, self._tokens), default=0)
+        self._starts = {token[:end] for token in self._tokens for end in range(1, len(token))}
+        self._ends = {token[start:] for token in self._tokens for start in range(1, len(token))}
+
+    def hide(self, text: str, hidden: list[str]) -> str:
+        """Return the text with placeholders; `hidden` gets what each of them, by its number, stands for."""
+
+        def placeholder(plain: str) -> str:
+            hidden.append(plain)
+            high, low = divmod(len(hidden) - 1, 1024)
+            if high >= 1024:
+                raise RequestError(f"the messages hold more than {1024 * 1024} special tokens", "messages")
+            return chr(0xD800 + high) + chr(0xDC00 + low)
+
+        text = self._pattern.sub(lambda match: placeholder(match[0]), text)
+        sizes = range(1, min(len(text) + 1, self._longest))
+        is_end = any(text[-size:] in self._starts for size in sizes)
+        is_start = any(text[:size] in self._ends for size in sizes)
+        is_middle = len(text) < self._longest and text != "" and any(text in token for token in self._tokens)
+        if is_end and len(text) > 1:
+            text = text[:-1] + placeholder(text[-1])
+        if is_start or is_middle or (is_end and len(text) == 1):
+            text = placeholder(text[0]) + text[1:]
+        return text
+
+
+def _restore(text: str, hidden: Sequence[str]) -> RenderedPrompt:
+    parts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    position = length = 0
+    for match in _PLACEHOLDER.finditer(text):
+        high, low = map(ord, match[0])
+        index = (high - 0xD800) * 1024 + low - 0xDC00
+        if index >= len(hidden):
+            raise RequestError("the chat template cuts a special token of a message in pieces", "messages")
+        plain = hidden[index]
+        length += match.start() - position
+        parts += (text[position : match.start()], plain)
+        spans.append((length, length + len(plain)))
+        length += len(plain)
+        position = match.end()
+    parts.append(text[position:])
+    restored = "".join(parts)
+    try:
+        restored.encode()
+    except UnicodeEncodeError:
+        raise RequestError("the chat template cuts a special token of a message in pieces", "messages") from None
+    return RenderedPrompt(restored, tuple(spans))
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in kwargs.items():
+        if name not in _TEMPLATE_KWARGS:
+            allowed = ", ".join(_TEMPLATE_KWARGS)
+            raise RequestError(
+                f"chat_template_kwargs has {str(name)[:80]!r}; allowed: {allowed}", "chat_template_kwargs"
+            )
+        if not isinstance(value, _TEMPLATE_KWARGS[name]):
+            raise RequestError(f"chat_template_kwargs.{name} is no boolean", "chat_template_kwargs")
+    return dict(kwargs)
+
+
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return plain copies, so that a template sees strings only."""
+    if not isinstance(messages, list | tuple):
+        raise RequestError("messages is not a list", "messages")
+    if not 1 <= len(messages) <= _MAX_MESSAGES:
+        raise RequestError(f"messages has {len(messages)} entries; allowed: 1 to {_MAX_MESSAGES}", "messages")
+    return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _check_message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} is not an object", where)
+    for key in message:
+        if key not in _MESSAGE_KEYS:
+            raise RequestError(f"{where} has {str(key)[:80]!r}; allowed: {', '.join(sorted(_MESSAGE_KEYS))}", where)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RequestError(f"{where}.role is {str(role)[:80]!r}; allowed: {', '.join(_ROLES)}", f"{where}.role")
+    checked = {"role": role, "content": _check_content(message.get("content"), f"{where}.content")}
+    for key in ("name", "reasoning_content"):
+        if message.get(key) is not None:
+            checked[key] = _check_string(message[key], f"{where}.{key}")
+    return checked
+
+
+def _check_content(content: Any, where: str) -> str:
+    if not isinstance(content, list | tuple):
+        return _check_string(content, where)
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or part.keys() != {"type", "text"}:
+            raise RequestError(f'{where}[{index}] is not {{"type": "text", "text": ...}}', where)
+        texts.append(_check_string(part["text"], f"{where}[{index}].text"))
+    return "\n".join(texts)
+
+
+def _check_string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where} is not a string", where)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{where} holds a lone surrogate at character {error.start}", where) from None
+    return value

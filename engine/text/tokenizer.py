@@ -1,0 +1,371 @@
+"""This module holds the step from text to token ids and back. It does not know messages, templates or streams.
+
+Special tokens in a prompt are parsed as such, except where the caller says that a span of the text is plain: there the
+text of a special token is only text. For that a second backend exists in which control tokens have secret names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from ..errors import CheckpointError, RequestError
+from .gguf_vocab import build_gguf_vocab
+from .pieces import BytePieces, DecoderSpec, TextPieces
+
+__all__ = ["Tokenizer"]
+
+_MAX_TOKENIZER_BYTES = 256 << 20
+_MAX_CONFIG_BYTES = 16 << 20
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LOOKS_LIKE_CONTROL = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
+"""Some checkpoints (DeepSeek's among them) do not flag the tokens that open a turn as special."""
+
+
+class Tokenizer:
+    """Turns text into token ids and back.
+
+    Attributes:
+        vocab_size: the largest id + 1; the logits may be wider.
+        bos_token_id, eos_token_id: or None.
+        special_token_ids: what `decode` leaves out with `skip_special_tokens`.
+        control_tokens: text -> id of the tokens that structure a prompt: the special ones and those that look so.
+        named_tokens: the texts of bos_token, eos_token, unk_token, pad_token, where there are such; for templates.
+        chat_template: the Jinja source that came with the tokenizer, or None.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        named_tokens: Mapping[str, str] | None = None,
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        chat_template: str | None = None,
+        source: str = "tokenizer",
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._prefix = list(prefix)
+        self._suffix = list(suffix)
+        self.chat_template = chat_template
+        self.named_tokens = dict(named_tokens or {})
+        self._spec = _decoder_spec(backend, source)
+        vocab = backend.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise CheckpointError(source, "the tokenizer has no tokens")
+        self.vocab_size = max(vocab.values()) + 1
+        for name in ("bos_token", "eos_token"):
+            text = self.named_tokens.get(name)
+            if text is not None and text not in vocab:
+                raise CheckpointError(source, f"{name} {text[:80]!r} is not in the vocabulary")
+        # A named token that is an ordinary entry of the vocabulary must be found in text as a whole, too.
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        missing = [text for text in self.named_tokens.values() if text and text in vocab and text not in added]
+        backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+        self.bos_token_id: int | None = vocab.get(self.named_tokens.get("bos_token", ""))
+        self.eos_token_id: int | None = vocab.get(self.named_tokens.get("eos_token", ""))
+        tokens = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(token_id for token_id, token in tokens.items() if token.special)
+        self.control_tokens: dict[str, int] = {
+            token.content: token_id
+            for token_id, token in tokens.items()
+            if token.content and (token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content))
+        }
+        self._pieces: dict[bool, BytePieces | TextPieces] = {}
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Read tokenizer.json, and beside it tokenizer_config.json and chat_template.jinja where there are such.
+
+        Raises:
+            CheckpointError: a file is missing, too large, damaged or asks for something not supported.
+        """
+        folder = Path(path)
+        file = "tokenizer.json"
+        data = _read(folder / file, _MAX_TOKENIZER_BYTES)
+        if data is None:
+            raise CheckpointError(file, "is missing; only the tokenizers format is supported, not tokenizer.model")
+        config = _read_json(folder / "tokenizer_config.json")
+        named = {name: _token_text(value) for name, value in _read_json(folder / "special_tokens_map.json").items()}
+        named |= {name: _token_text(value) for name, value in config.items() if name in _NAMES}
+        named_tokens = {name: text for name, text in named.items() if name in _NAMES and text is not None}
+        with _damage_of(file):
+            backend = Backend.from_buffer(data)
+            if getattr(backend.model, "dropout", None):
+                raise CheckpointError(file, "the model has a dropout, which would make encoding random")
+            vocab_ids = {name: backend.token_to_id(text) for name, text in named_tokens.items()}
+            prefix, suffix = _additions(backend, config, vocab_ids)
+        return cls(
+            backend,
+            named_tokens=named_tokens,
+            prefix=prefix,
+            suffix=suffix,
+            chat_template=_folder_template(folder, config),
+            source=file,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, file: str = "gguf") -> Tokenizer:
+        """Build the tokenizer that a GGUF file's metadata describes.
+
+        Args:
+            metadata: GGUF key -> Python value; arrays as lists.
+            file: the file's name, for errors.
+
+        Raises:
+            CheckpointError: the description is damaged or names something not supported.
+        """
+        with _damage_of(file):
+            vocab = build_gguf_vocab(metadata, file)
+            ids = vocab.named_ids
+            template = metadata.get("tokenizer.chat_template")
+            if template is not None and not isinstance(template, str):
+                raise CheckpointError(file, "tokenizer.chat_template is not a string")
+            return cls(
+                vocab.backend,
+                named_tokens={name: metadata["tokenizer.ggml.tokens"][token_id] for name, token_id in ids.items()},
+                prefix=[ids["bos_token"]] if vocab.add_bos else [],
+                suffix=[ids["eos_token"]] if vocab.add_eos else [],
+                chat_template=template,
+                source=file,
+            )
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool = True,
+        parse_special: bool = True,
+        plain_spans: Sequence[tuple[int, int]] = (),
+    ) -> list[int]:
+        """Encode one text.
+
+        Args:
+            text: any text without lone surrogates.
+            add_bos: add what the tokenizer puts around a text (BOS, if it adds one; never a second one).
+            parse_special: the text of a special token is that token.
+            plain_spans: [start, end) in characters, ascending and disjoint: no special token that touches one of them
+                is parsed; everything else is as if the text were encoded as a whole.
+
+        Raises:
+            RequestError: the text is no valid Unicode.
+        """
+        return self.encode_batch([text], add_bos=add_bos, parse_special=parse_special, plain_spans=[plain_spans])[0]
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        add_bos: bool = True,
+        parse_special: bool = True,
+        plain_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> list[list[int]]:
+        """Encode several texts at once, each as `encode` would; `plain_spans` has one entry per text."""
+        for text in texts:
+            _check_text(text)
+        if parse_special and not any(plain_spans or ()):
+            backend, inputs = self._backend, list(texts)
+        else:
+            backend, secret_names = self._renamed
+            spans = plain_spans or [()] * len(texts)
+            inputs = list(texts)
+            if parse_special:
+                inputs = [
+                    self._name_controls(text, spans_of_text, secret_names)
+                    for text, spans_of_text in zip(texts, spans, strict=True)
+                ]
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(inputs, add_special_tokens=False)]
+        return [self._surround(ids) for ids in encoded] if add_bos else encoded
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of some ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            RequestError: an id is negative or beyond the vocabulary.
+        """
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            raise RequestError(
+                f"a token id is outside the vocabulary; allowed: 0 to {self.vocab_size - 1}", "token_ids"
+            )
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token by its exact spelling in the vocabulary, or None."""
+        return self._backend.token_to_id(token)
+
+    def pieces(self, skip_special_tokens: bool) -> BytePieces | TextPieces:
+        """Return the table from token id to what it stands for in the text; shared by all streams."""
+        table = self._pieces.get(skip_special_tokens)
+        if table is None:
+            skipped = self.special_token_ids if skip_special_tokens else frozenset()
+            table = (
+                BytePieces(self._backend, skipped)
+                if self._spec.byte_level
+                else TextPieces(self._backend, skipped, self._spec)
+            )
+            self._pieces[skip_special_tokens] = table
+        return table
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """What finds a control token in text; the longest one wins. Matches nothing where there are none."""
+        texts = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
+
+    @cached_property
+    def _renamed(self) -> tuple[Backend, dict[str, str]]:
+        """A copy of the backend in which every control token has a name no prompt can contain, and those names.
+
+        The names hold 64 random bits and never leave this object, so that nobody can write one into a prompt.
+        """
+        nonce = secrets.token_hex(8)
+        names = {text: f"\ufdd0{nonce}{token_id:x}\ufdd1" for text, token_id in self.control_tokens.items()}
+        state = json.loads(self._backend.to_str())
+        for token in state["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        _rename_in_model(state["model"], names)
+        backend = Backend.from_str(json.dumps(state))
+        for text, token_id in self.control_tokens.items():
+            assert backend.token_to_id(names[text]) == token_id, "a renamed token changed its id"
+        return backend, names
+
+    def _name_controls(self, text: str, plain_spans: Sequence[tuple[int, int]], names: Mapping[str, str]) -> str:
+        parts: list[str] = []
+        position = 0
+        for start, end in (*plain_spans, (len(text), len(text))):
+            assert position <= start <= end <= len(text), "plain spans are not ascending and disjoint"
+            parts.append(self.control_pattern.sub(lambda match: names[match[0]], text[position:start]))
+            parts.append(text[start:end])
+            position = end
+        return "".join(parts)
+
+    def _surround(self, ids: list[int]) -> list[int]:
+        has_bos = bool(self._prefix) and ids[:1] == self._prefix[:1]
+        return (ids if has_bos else self._prefix + ids) + self._suffix
+
+
+def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(token, token): token_id for token, token_id in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        # A control token that merges could build would be reachable from plain text.
+        model["merges"] = [
+            pair for pair in model["merges"] if not (names.keys() & {pair[0], pair[1], pair[0] + pair[1]})
+        ]
+
+
+def _decoder_spec(backend: Backend, source: str) -> DecoderSpec:
+    decoder = backend.decoder
+    try:
+        return DecoderSpec.parse(None if decoder is None else json.loads(decoder.__getstate__()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(source, str(error)) from error
+
+
+@contextmanager
+def _damage_of(file: str) -> Iterator[None]:
+    """Turn whatever the backend raises on bad input into a CheckpointError; it raises plain Exception, and panics."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(file, f"is damaged: {str(error)[:200]}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(file, "is damaged: the tokenizer library gave up on it") from error
+
+
+def _read(path: Path, max_bytes: int) -> bytes | None:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(max_bytes + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(path.name, f"cannot be read: {error.strerror}") from error
+    if len(data) > max_bytes:
+        raise CheckpointError(path.name, f"has more than {max_bytes} bytes")
+    return data
+
+
+def _read_text(path: Path) -> str | None:
+    data = _read(path, _MAX_CONFIG_BYTES)
+    try:
+        return None if data is None else data.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(path.name, f"is no UTF-8 at byte {error.start}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path.name, f"is no JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(path.name, "is not a JSON object")
+    return value
+
+
+def _token_text(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the template of its own file, else the configuration's; of several named ones, "default"."""
+    source = _read_text(folder / "chat_template.jinja")
+    if source is not None:
+        return source
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError("tokenizer_config.json", "chat_template is neither a string nor a list of named ones")
+    return value
+
+
+def _additions(
+    backend: Backend, config: Mapping[str, Any], named_ids: Mapping[str, int | None]
+) -> tuple[list[int], list[int]]:
+    """Return the ids put before and after a text: the configuration decides, or else the post-processor."""
+    flags = [config.get(name) for name in ("add_bos_token", "add_eos_token")]
+    if any(isinstance(flag, bool) for flag in flags):
+        bos, eos = named_ids.get("bos_token"), named_ids.get("eos_token")
+        return [bos] if flags[0] and bos is not None else [], [eos] if flags[1] and eos is not None else []
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    starts = [start for start in range(len(full)) if full[start : start + len(bare)] == bare]
+    if not bare or not starts:
+        return full, []
+    return full[: starts[0]], full[starts[0] + len(bare) :]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}", "prompt"
+        ) from None
