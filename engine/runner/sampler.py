@@ -19,6 +19,7 @@ from octavo.kernels.sampling import (
     AllowedTokens,
     BannedTokens,
     LogitBias,
+    LogprobOutput,
     Penalties,
     SampleParams,
     log_softmax_top,
@@ -93,7 +94,6 @@ class Sampler:
     Args:
         max_num_seqs: number of persistent rows.
         vocab_size: width of the logits.
-        max_model_len: the longest sequence, in tokens.
         num_valid_ids: ids from here on do not exist in the tokenizer and are never sampled; None: all exist.
         device: where the logits are.
     """
@@ -103,7 +103,6 @@ class Sampler:
         max_num_seqs: int,
         vocab_size: int,
         *,
-        max_model_len: int,
         num_valid_ids: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -123,8 +122,7 @@ class Sampler:
         self._presence = np.zeros(max_num_seqs, dtype=np.float32)
         self._frequency = np.zeros(max_num_seqs, dtype=np.float32)
         self._num_seen = np.zeros(max_num_seqs, dtype=np.int32)
-        # np.empty leaves pages that no row has reached untouched: they cost no memory.
-        self._seen_ids = np.empty((max_num_seqs, min(vocab_size, max_model_len)), dtype=np.int32)
+        self._seen_ids = np.empty((max_num_seqs, 0), dtype=np.int32)
         self._seen_counts = np.empty_like(self._seen_ids)
         self._extras: list[_Extras | None] = [None] * max_num_seqs
 
@@ -171,6 +169,7 @@ class Sampler:
         if has_penalties:
             outputs = np.asarray(output_token_ids, dtype=np.int32)
             seen = np.unique(np.concatenate((np.asarray(prompt_token_ids, dtype=np.int32), outputs)))
+            self._reserve(len(seen))
             self._num_seen[row] = len(seen)
             self._seen_ids[row, : len(seen)] = seen
             self._seen_counts[row, : len(seen)] = np.bincount(np.searchsorted(seen, outputs), minlength=len(seen))
@@ -243,6 +242,14 @@ class Sampler:
             tail=tail,
             max_tail=max_tail,
         )
+
+    def _reserve(self, num_seen: int) -> None:
+        """Make room for that many distinct tokens in every row: memory follows the longest penalised sequence."""
+        max_num_seqs, capacity = self._seen_ids.shape
+        if num_seen > capacity:
+            added = np.empty((max_num_seqs, max(num_seen - capacity, capacity, 256)), dtype=np.int32)
+            self._seen_ids = np.concatenate((self._seen_ids, added), axis=1)
+            self._seen_counts = np.concatenate((self._seen_counts, added), axis=1)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -337,6 +344,7 @@ class Sampler:
         rows, token_ids = rows[at_penalised], token_ids[at_penalised]
         num_seen = self._num_seen[rows]
         columns = np.arange(num_seen.max())
+        self._reserve(len(columns) + 1)
         match = (self._seen_ids[rows, : len(columns)] == token_ids[:, None]) & (columns < num_seen[:, None])
         is_new = ~match.any(axis=1)
         column = np.where(is_new, num_seen, match.argmax(axis=1))
@@ -361,21 +369,24 @@ class Sampler:
         if len(at) < len(rows):
             index = self._tensor(at)
             logits, token_ids = logits[index], token_ids[index]
-        entries = logprob_entries(logits[:, : self._num_valid_ids], token_ids, self._num_logprobs[rows[at]].tolist())
-        return dict(zip(at.tolist(), entries, strict=True))
+        num_top = self._num_logprobs[rows[at]]
+        logits = logits[:, : self._num_valid_ids]
+        found = log_softmax_top(logits, min(int(num_top.max()), logits.shape[1]), token_ids)
+        return dict(zip(at.tolist(), logprob_entries(found, num_top.tolist()), strict=True))
 
 
-def logprob_entries(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[LogprobEntry]:
-    """Return the log-probabilities of one token per row and of the row's top tokens, as the model said them.
+def logprob_entries(found: LogprobOutput, num_top: Sequence[int] | None = None) -> list[LogprobEntry]:
+    """Return one entry per row of what `log_softmax_top` found.
 
     Args:
-        logits: [n, vocab_size] float, of valid ids only, unchanged by penalties, temperature or filters.
-        token_ids: [n] int64.
-        num_top: [n] how many top tokens each row reports.
+        found: with the log-probability of one chosen token per row.
+        num_top: [n] how many top tokens each row reports; None: all that were found.
     """
-    found = log_softmax_top(logits, min(max(num_top, default=0), logits.shape[1]), token_ids)
     assert found.values is not None
     assert found.ranks is not None
-    columns = (found.values, found.ranks, found.top_ids, found.top_values)
-    per_row = zip(*(column.tolist() for column in columns), num_top, strict=True)
-    return [LogprobEntry(value, rank, ids[:num], values[:num]) for value, rank, ids, values, num in per_row]
+    values, ranks = found.values.tolist(), found.ranks.tolist()
+    top_ids, top_values = found.top_ids.tolist(), found.top_values.tolist()
+    if num_top is not None:
+        top_ids = [ids[:num] for ids, num in zip(top_ids, num_top, strict=True)]
+        top_values = [numbers[:num] for numbers, num in zip(top_values, num_top, strict=True)]
+    return [LogprobEntry(*entry) for entry in zip(values, ranks, top_ids, top_values, strict=True)]
