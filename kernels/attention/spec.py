@@ -88,7 +88,7 @@ def store(cache: Tensor, rows: Tensor, table_row: Tensor) -> None:
     """Write rows [seq_len, num_kv_heads, ...] to a sequence's blocks.
 
     Args:
-        cache: [num_blocks, num_kv_heads, block_size, ...]; one-byte dtypes are moved as bytes, for want of fp8 indexing.
+        cache: [num_blocks, num_kv_heads, block_size, ...]; one-byte dtypes move as bytes (fp8 has no indexing).
         table_row: [max_blocks_per_seq], the sequence's row of the block table.
     """
     raw, rows = (cache.view(torch.uint8), rows.view(torch.uint8)) if cache.itemsize == 1 else (cache, rows)

@@ -30,7 +30,7 @@ def _make_rms_inputs(case: Case, generator: torch.Generator) -> dict[str, Any]:
     # Rows of very different size: a mean over the wrong row, or eps in the wrong place, shows.
     size = torch.logspace(-3, 2, max(shape[0], 1))[: shape[0], None]
     inputs: dict[str, Any] = {
-        "x": (torch.randn(shape, generator=generator) * size).to(dtype),
+        "x": ((torch.randn(shape, generator=generator) + case.get("mean", 0.0)) * size).to(dtype),
         "weight": (torch.randn(shape[1], generator=generator) + 1).to(dtype),
         "eps": 1e-5,
     }
@@ -43,7 +43,6 @@ def _make_rms_inputs(case: Case, generator: torch.Generator) -> dict[str, Any]:
 
 def _make_layer_inputs(case: Case, generator: torch.Generator) -> dict[str, Any]:
     inputs = _make_rms_inputs(case, generator)
-    inputs["x"] += 0.5
     bias = torch.randn(case["hidden_size"], generator=generator).to(case.torch_dtype)
     inputs["bias"] = None if case.get("no_bias") else bias
     return inputs

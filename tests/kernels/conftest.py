@@ -1,0 +1,22 @@
+"""What the kernel tests share: every backend that can run here, and poisoned allocations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from octavo.kernels.dispatch import Backend, available_backends, use_backend
+
+from .allocation import poisoned_allocations
+
+
+@pytest.fixture(params=available_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with use_backend(request.param), poisoned_allocations():
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def seeds(count: Callable[[int, int], int], seed: int) -> range:
+    """Seeds of a test that draws its inputs: few in the small tier."""
+    return range(seed, seed + count(1, 3))

@@ -1,0 +1,72 @@
+"""`write_kv` and `copy_blocks`: what is written, where, and that nothing else is."""
+
+from __future__ import annotations
+
+import octavo.kernels
+import pytest
+import torch
+from octavo.kernels.kv_cache.reference import quantise_e4m3, quantise_int8
+from octavo.kernels.spec import Case
+
+from . import write_kv_checks as checks
+from .attention_checks import same_bits
+from .seeds import case_inputs
+
+
+@pytest.mark.parametrize("case", checks.write_cases(), ids=lambda case: case.name)
+def test_rounding(backend: str, case: Case, seeds: range) -> None:
+    for seed in seeds:
+        checks.rounding(case, seed)
+
+
+@pytest.mark.parametrize("style", ["neox", "interleaved"])
+def test_rotation(backend: str, style: str) -> None:
+    checks.rotation_is_exact_at_zero(style)
+
+
+def test_padding(backend: str) -> None:
+    checks.padding_writes_nothing("write_kv")
+
+
+def test_every_slot(backend: str) -> None:
+    checks.big_slots("write_kv")
+
+
+def test_rows_do_not_depend_on_each_other(backend: str) -> None:
+    spec = checks.SPECS["write_kv"]
+    whole, alone = (case_inputs(spec, spec.case("norm"), 0) for _ in range(2))
+    octavo.kernels.write_kv(**whole)
+    for name in ("q", "k", "v", "slot_mapping", "positions"):
+        alone[name] = alone[name][4:5]
+    octavo.kernels.write_kv(**alone)
+    assert same_bits(alone["q"], whole["q"][4:5])
+
+
+@pytest.mark.parametrize("case", checks.SPECS["copy_blocks"].cases, ids=lambda case: case.name)
+def test_copy_blocks(backend: str, case: Case) -> None:
+    inputs = case_inputs(checks.SPECS["copy_blocks"], case, 0)
+    before = inputs["k_cache"].clone(), inputs["v_cache"].clone()
+    octavo.kernels.copy_blocks(**inputs)
+    copied = dict(zip(inputs["dst"].tolist(), inputs["src"].tolist(), strict=True))
+    for x, old in zip((inputs["k_cache"], inputs["v_cache"]), before, strict=True):
+        for block in range(len(x)):
+            assert same_bits(x[block], old[copied.get(block, block)])
+
+
+def test_copy_blocks_reads_before_it_writes(backend: str) -> None:
+    k_cache = torch.arange(3.0).view(3, 1, 1, 1).clone()
+    v_cache = -k_cache
+    octavo.kernels.copy_blocks(k_cache, v_cache, torch.tensor([0, 1]), torch.tensor([1, 2]))
+    assert k_cache.flatten().tolist() == [0, 0, 1]
+    assert v_cache.flatten().tolist() == [0, 0, -1]
+
+
+def test_quantise_int8() -> None:
+    values, scale = quantise_int8(torch.tensor([[127.0, -63.5, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0]]))
+    assert values.tolist() == [[127, -64, 0, 2], [0, 0, 0, 0]]
+    assert scale.tolist() == [1.0, 0.0]
+
+
+def test_quantise_e4m3() -> None:
+    stored = quantise_e4m3(torch.tensor([1.0, -1000.0, 1e9, 0.5 * 2**-10]), 0.5).float()
+    assert stored.tolist() == [2.0, -448.0, 448.0, 0.0]
