@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,8 @@ from .store import Entry, TensorStore
 
 __all__ = ["Checkpoint", "resolve_model"]
 
-CHUNK_BYTES = 8 << 20
-"""Read at a time; with its conversion to float32, the most a load holds beside the weights."""
+CHUNK_BYTES = 4 << 20
+"""Rows are read in pieces of at most this many bytes of float32 (or one row): what a load holds beside the weights."""
 FINGERPRINT_BYTES = 256
 
 Allocate = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -78,7 +79,7 @@ class Checkpoint:
         """Return the bytes of all parameters in `dtype`."""
         return sum(map(math.prod, self.shapes.values())) * dtype.itemsize
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that tell models apart: a digest of config, tensor table and a little of each tensor."""
         digest = hashlib.sha256(repr(sorted(asdict(self.model_config).items())).encode())
@@ -95,7 +96,7 @@ class Checkpoint:
         No parameter is kept here after `on_loaded`, so that a caller may repack it and let it go.
 
         Args:
-            allocate: gives the tensor for a parameter's name and shape, of any floating dtype and device.
+            allocate: gives the tensor for a parameter's name and shape: contiguous, of any floating dtype and device.
             on_loaded: called with the name and the tensor once it is complete.
             progress: called with (bytes done, bytes in all) of the checkpoint.
 
@@ -104,7 +105,8 @@ class Checkpoint:
         """
         entries = [entry for parts in self._parts.values() for _, entry in parts]
         total, done = sum(entry.num_bytes for entry in entries), 0
-        for file in {entry.file for entry in entries}:
+        files = dict.fromkeys(entry.file for entry in entries)
+        for file in files:
             file.check_unchanged()
         for name, shape in self.shapes.items():
             tensor = allocate(name, shape)
@@ -118,6 +120,8 @@ class Checkpoint:
                         progress(done, total)
             on_loaded(name, tensor)
             del tensor
+        for file in files:
+            file.check_unchanged()
 
 
 def _fill(
@@ -174,7 +178,7 @@ def resolve_model(name: str, *, load_format: Literal["auto", "dummy"] = "auto", 
         return _open_gguf_checkpoint(name, bundled_path(name), dummy, seed)
     path = Path(name)
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
+        is_file, is_folder = path.is_file(), name != "" and path.is_dir()
     except (OSError, ValueError):
         is_file = is_folder = False
     if is_file and path.suffix == ".gguf":

@@ -8,7 +8,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-__all__ = ["Fields"]
+__all__ = ["MAX_POSITION", "Fields"]
+
+MAX_POSITION = 1 << 24
+"""Longest context in tokens; the longest published one is 10 million."""
 
 
 class Fields:
@@ -116,4 +119,4 @@ class Fields:
 
     def positions(self, key: str, *, default: int | None) -> int:
         """Return a length in tokens."""
-        return self.integer(key, 1, 1 << 28, default=default)
+        return self.integer(key, 1, MAX_POSITION, default=default)

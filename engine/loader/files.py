@@ -108,12 +108,12 @@ def child(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: the name has a path in it, or a symlink leads out of the folder.
     """
-    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise CheckpointError(folder.name, f"file name {name[:200]!r} is not a plain name inside the folder")
     path = folder / name
     try:
         home, real = folder.resolve(strict=True), path.resolve()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise CheckpointError(folder.name, f"{name[:200]!r} cannot be resolved: {error}") from error
     homes = [home]
     if home.parent.name == "snapshots":

@@ -140,6 +140,10 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizatio
     if kind not in _TYPES:
         allowed = ", ".join(sorted(known.name for known in _TYPES.values()))
         raise CheckpointError(cursor.file.name, f"has type {kind}; supported: {allowed}", name)
+    if rank == 1 and _TYPES[kind].name in _QUANTISED:
+        raise CheckpointError(
+            cursor.file.name, f"is a vector of type {_TYPES[kind].name}; vectors are not quantised", name
+        )
     block_elements, block_bytes = GGML_QUANT_SIZES[_TYPES[kind]]
     if 0 in sizes or sizes[0] % block_elements:
         raise CheckpointError(cursor.file.name, f"has sizes {sizes}, not rows of {block_elements} elements", name)

@@ -21,6 +21,7 @@ __all__ = ["ROPE_FACTORS", "parse_gguf_configs", "tokenizer_metadata"]
 
 ROPE_FACTORS = "rope_freqs.weight"
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "split.count": (0, 1),
     "llama.expert_count": (0,),
     "llama.attention.sliding_window": (0,),
     "llama.attention.logit_softcapping": (),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import DTypeName, GenerationConfig, ModelConfig, RopeConfig
-from .fields import Fields
+from .fields import MAX_POSITION, Fields
 from .files import child, read_json
 
 __all__ = ["ARCHITECTURES", "parse_generation_config", "parse_model_config", "read_configs"]
@@ -36,6 +36,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "residual_multiplier": (1,),
     "attention_multiplier": (),
     "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "alibi": (False,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "is_encoder_decoder": (False,),
@@ -109,7 +111,9 @@ def parse_model_config(fields: Fields) -> ModelConfig:
     family = ARCHITECTURES[names[0]]
     for key, allowed in _NEUTRAL.items():
         value = fields.get(key)
-        if value is not None and not any(type(value) is type(good) and value == good for good in allowed):
+        if value is not None and not any(
+            value == good and (type(value) is bool) == (type(good) is bool) for good in allowed
+        ):
             raise fields.error(key, f"{' or '.join(map(str, allowed)) or 'absent'}: nothing else is supported")
     return _gpt2(fields) if family == "gpt2" else _rotary_decoder(fields, family)
 
@@ -138,6 +142,8 @@ def _rotary_decoder(fields: Fields, family: Literal["llama", "mistral", "qwen2",
     if rope.scaling == "yarn":
         # Model cards tell users to add yarn and leave max_position_embeddings at the trained length.
         max_position = max(max_position, int(rope.factor * rope.original_max_position))
+        if max_position > MAX_POSITION:
+            raise fields.error("rope_parameters", f"a yarn factor that stretches to at most {MAX_POSITION} tokens")
     return ModelConfig(
         family=family,
         vocab_size=fields.vocab_size("vocab_size"),
@@ -164,10 +170,7 @@ def _rotary_decoder(fields: Fields, family: Literal["llama", "mistral", "qwen2",
 
 
 def _gpt2(fields: Fields) -> ModelConfig:
-    def either(new: str, old: str) -> str:
-        return new if fields.get(new) is not None else old
-
-    hidden, num_heads = fields.hidden_size(either("n_embd", "hidden_size")), fields.heads("n_head")
+    hidden, num_heads = fields.hidden_size("n_embd"), fields.heads("n_head")
     if hidden % num_heads:
         raise fields.error("n_embd", f"a multiple of n_head ({num_heads})")
     inner = fields.get("n_inner")
@@ -213,7 +216,8 @@ def _rope(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
         return plain
     if kind == "linear":
         return replace(plain, scaling="linear", factor=inner.number("factor", 1.0, 1e6))
-    original_from = inner if inner.get("original_max_position_embeddings") is not None else fields
+    # Where both places have it, the outer one counts, as it does in transformers.
+    original_from = fields if fields.get("original_max_position_embeddings") is not None else inner
     original = original_from.positions("original_max_position_embeddings", default=max_position)
     if kind == "llama3":
         low = inner.number("low_freq_factor", 0.0, 1e6, open_low=True)
@@ -248,11 +252,12 @@ def _yarn_attention_factor(inner: Fields, factor: float) -> float | None:
 
 
 def _windows(fields: Fields, family: str, num_layers: int, max_position: int) -> tuple[int | None, ...]:
-    size = fields.get("sliding_window")
-    if size is not None:
-        size = fields.positions("sliding_window", default=None)
+    # Absent and null differ here: transformers takes 4,096 where the other families have no such field.
+    size = fields.values.get("sliding_window", None if family == "llama" else 4096)
     if family == "llama" and size is not None:
         raise fields.error("sliding_window", "absent for llama")
+    if size is not None:
+        size = fields.positions("sliding_window", default=size)
     qwen = family in ("qwen2", "qwen3")
     if qwen and not fields.flag("use_sliding_window", default=False):
         size = None
