@@ -6,8 +6,8 @@ and the hardware", which `resolve.py` does once, at start-up, saying what it cho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import ConfigError
@@ -22,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "RopeConfig",
     "SchedulerConfig",
+    "setting_names",
 ]
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
@@ -39,6 +40,10 @@ def _check(name: str, value: Any, allowed: str, ok: Callable[[Any], bool]) -> No
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    _check(name, value, "true, false", lambda v: isinstance(v, bool))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,7 @@ class CacheConfig:
     gpu_memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:
+        _check_flag("prefix_caching", self.prefix_caching)
         _check("block_size", self.block_size, "an integer from 1 to 1024", lambda v: _is_int(v) and 1 <= v <= 1024)
         _check(
             "kv_cache_tokens",
@@ -149,7 +155,7 @@ class CacheConfig:
             "gpu_memory_utilization",
             self.gpu_memory_utilization,
             "a number above 0 and at most 1",
-            lambda v: 0.0 < v <= 1.0,
+            lambda v: not isinstance(v, bool) and 0.0 < v <= 1.0,
         )
 
 
@@ -165,7 +171,9 @@ class SchedulerConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"
 
     def __post_init__(self) -> None:
-        _check("max_num_seqs", self.max_num_seqs, "an integer from 1 to 65536", lambda v: _is_int(v) and 1 <= v <= 65536)
+        _check(
+            "max_num_seqs", self.max_num_seqs, "an integer from 1 to 65536", lambda v: _is_int(v) and 1 <= v <= 65536
+        )
         for name in ("max_num_batched_tokens", "max_model_len"):
             _check(
                 name,
@@ -184,6 +192,10 @@ class FaultConfig:
     """Preempt the youngest running request every so many steps; 0: never."""
     miss_prefix_cache: bool = False
     """Treat every prefix lookup as a miss while still filling the cache."""
+
+    def __post_init__(self) -> None:
+        _check("preempt_every", self.preempt_every, "an integer of at least 0", lambda v: _is_int(v) and v >= 0)
+        _check_flag("miss_prefix_cache", self.miss_prefix_cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +222,13 @@ class EngineConfig:
     faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
+        _check_flag("invariant", self.invariant)
+        _check(
+            "tokenizer",
+            self.tokenizer,
+            "a folder's path, or none",
+            lambda v: v is None or (isinstance(v, str) and v != ""),
+        )
         _check("model", self.model, "a non-empty name or path", lambda v: isinstance(v, str) and v != "")
         _check("load_format", self.load_format, "auto, dummy", lambda v: v in ("auto", "dummy"))
         _check(
@@ -222,3 +241,42 @@ class EngineConfig:
         _check("backend", self.backend, "auto, torch, triton", lambda v: v in ("auto", "torch", "triton"))
         _check("generation_config", self.generation_config, "auto, none", lambda v: v in ("auto", "none"))
         _check("seed", self.seed, "an integer from 0 to 2**63 - 1", lambda v: _is_int(v) and 0 <= v < 2**63)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """Build from flat names: `{"model": ..., "block_size": 16, "max_num_seqs": 8}`.
+
+        A table named after a part, as in octavo.toml's `[cache]`, may hold that part's settings instead.
+
+        Raises:
+            ConfigError: a name is unknown, given twice, or has a value that is not allowed.
+        """
+        owners = setting_names()
+        values: dict[str, dict[str, Any]] = {part: {} for part in ("", *_PARTS)}
+        for name, value in settings.items():
+            entries = [(name, value)]
+            if name in _PARTS and isinstance(value, Mapping):
+                entries = list(value.items())
+                for key in value:
+                    if owners.get(key) != name:
+                        allowed = ", ".join(known for known, owner in owners.items() if owner == name)
+                        raise ConfigError(f"unknown setting {key!r} in [{name}]; allowed: {allowed}")
+            for key, entry in entries:
+                if key not in owners:
+                    raise ConfigError(f"unknown setting {key!r}; allowed: {', '.join(owners)}")
+                if key in values[owners[key]]:
+                    raise ConfigError(f"setting {key!r} is given twice")
+                values[owners[key]][key] = entry
+        parts = {part: kind(**values[part]) for part, kind in _PARTS.items()}
+        return cls(**values[""], **parts)
+
+
+_PARTS: dict[str, type] = {"cache": CacheConfig, "scheduler": SchedulerConfig, "faults": FaultConfig}
+
+
+def setting_names() -> dict[str, str]:
+    """Return every flat setting name and the part it belongs to; "" is `EngineConfig` itself."""
+    names = {each.name: "" for each in fields(EngineConfig) if each.name not in _PARTS}
+    for part, kind in _PARTS.items():
+        names |= {each.name: part for each in fields(kind)}
+    return names

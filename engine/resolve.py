@@ -89,7 +89,9 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     max_num_batched_tokens = config.scheduler.max_num_batched_tokens
     if max_num_batched_tokens is None:
         max_num_batched_tokens = CPU_BATCHED_TOKENS if hardware.device == "cpu" else GPU_BATCHED_TOKENS
-        choices.append(Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", f"default on a {hardware.device}"))
+        choices.append(
+            Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", f"default on a {hardware.device}")
+        )
     max_num_seqs = config.scheduler.max_num_seqs
     if max_num_seqs > max_num_batched_tokens:
         max_num_seqs = max_num_batched_tokens
@@ -102,7 +104,9 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     num_blocks = _num_blocks(config, hardware, weight_bytes, bytes_per_token, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
         max_model_len = num_blocks * block_size
-        choices.append(Choice("max_model_len", f"{max_model_len:,}", f"lowered from {model.max_position:,}: the KV pool"))
+        choices.append(
+            Choice("max_model_len", f"{max_model_len:,}", f"lowered from {model.max_position:,}: the KV pool")
+        )
     return ResolvedConfig(
         device=hardware.device,
         dtype=dtype,

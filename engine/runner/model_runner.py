@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from octavo.kernels import log_softmax_top
 
 from ..models.decoder import Decoder, LayerCache
 from ..step import LogprobEntry, ModelOutput, SchedulerOutput
 from .attention_metadata import build_attention_metadata
 from .input_batch import InputBatch, StepInputs
-from .sampler import Sampler
+from .sampler import Sampler, logprob_entries
 
 __all__ = ["ModelRunner"]
 

@@ -75,3 +75,7 @@ class SchedulerStats:
     """Tokens looked up at admissions."""
     prefix_cache_hits: int
     """Those of them that were found."""
+    num_prefill_tokens: int
+    """Run so far, by rows that ran more than one in their step."""
+    num_output_tokens: int
+    """Sampled so far."""

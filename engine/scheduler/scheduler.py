@@ -108,6 +108,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._prefix_cache_queries = 0
         self._prefix_cache_hits = 0
+        self._num_prefill_tokens = 0
+        self._num_output_tokens = 0
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue the sequences of one request: all of them or none.
@@ -170,6 +172,8 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prefix_cache_queries=self._prefix_cache_queries,
             prefix_cache_hits=self._prefix_cache_hits,
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_output_tokens=self._num_output_tokens,
         )
 
     def reset_prefix_cache(self) -> None:
@@ -412,6 +416,10 @@ class Scheduler:
         said = self._end_failed(flight, output)
         tokens, ends = output.token_ids, work.num_computed_tokens + work.num_scheduled_tokens
         all_sampled = len(work.sampled) == len(index)
+        self._num_output_tokens += len(work.sampled)
+        if work.num_tokens > len(index):
+            counts = work.num_scheduled_tokens
+            self._num_prefill_tokens += int(counts[counts > 1].sum())
         self._all_decode = all_sampled and len(index) == len(self._order)
         sampled_rows = index if all_sampled else index[work.sampled]
         if flight.left:

@@ -1,0 +1,265 @@
+"""This module holds `LLM`, the front for programs that generate offline. It does not know argv, HTTP or tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .config import EngineConfig
+from .errors import ConfigError, RequestError
+from .sampling_params import SamplingParams
+from .startup import Engine, start_engine
+from .step import RequestOutput
+from .text import ChatTemplate, Tokenizer
+from .text.output_processor import OutputProcessor
+
+__all__ = ["LLM", "GenerationProgress", "Prompt"]
+
+Prompt = str | Sequence[int]
+"""A text, or its token ids."""
+
+DEFAULT_MAX_TOKENS = 16
+"""Of `generate`, where a request gives none; a chat takes the context that is left."""
+
+
+@dataclass(slots=True)
+class GenerationProgress:
+    """How far a batch of requests is; the same growing object every time."""
+
+    num_requests: int
+    num_finished: int = 0
+    num_prefill_tokens: int = 0
+    """Tokens run in chunks: prompts, and what preemption had to compute again."""
+    num_output_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+class LLM:
+    """A model that generates text for many prompts at once.
+
+    Args:
+        model: a bundled name, a folder, a .gguf file or a hub id; see `EngineConfig` for all settings.
+        config: all settings as one object, instead of names.
+        on_phase, on_weights: see `start_engine`.
+        settings: any setting of `EngineConfig` and its parts by its flat name, such as `block_size=16`.
+
+    Raises:
+        ConfigError, CheckpointError, CapacityError: the engine cannot be started.
+
+    Example:
+        >>> llm = LLM("smollm2-135m")
+        >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: EngineConfig | None = None,
+        on_phase: Callable[[str], None] | None = None,
+        on_weights: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        if config is not None and (model is not None or settings):
+            raise ConfigError("config is given together with other settings; allowed: one or the other")
+        if config is None:
+            config = EngineConfig.from_settings(({} if model is None else {"model": model}) | settings)
+        self.engine: Engine = start_engine(config, on_phase=on_phase, on_weights=on_weights)
+        self._core = self.engine.core
+        self._texts = OutputProcessor(self.engine.tokenizer)
+        self._num_requests = 0
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            ConfigError: the model came without one.
+        """
+        if self.engine.tokenizer is None:
+            raise ConfigError("the model has no tokenizer; give token ids, or a folder with --tokenizer")
+        return self.engine.tokenizer
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return ChatTemplate(self.tokenizer)
+
+    def params(self, mapping: Mapping[str, Any] | None = None) -> SamplingParams:
+        """Build sampling parameters from names and values, with the checkpoint's defaults where none are given."""
+        return self._with_defaults(SamplingParams.from_mapping(mapping or {}))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[GenerationProgress], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for all prompts in one batch.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            params: for all prompts, or one per prompt; None: the defaults. `max_tokens` defaults to 16.
+            on_progress: called after every step.
+
+        Returns:
+            One answer per prompt, in their order.
+
+        Raises:
+            RequestError: a prompt or parameter is not allowed; nothing has been run.
+        """
+        lone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        several: Sequence[Any] = [prompts] if lone else prompts
+        all_params = self._per_request(params, len(several))
+        encoded = [(prompt if isinstance(prompt, str) else None, self.encode(prompt)) for prompt in several]
+        return self._run(encoded, all_params, DEFAULT_MAX_TOKENS, on_progress)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_progress: Callable[[GenerationProgress], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several in one batch.
+
+        Args:
+            messages: [{"role": ..., "content": ...}, ...], or a list of such lists.
+            params: as in `generate`; `max_tokens` defaults to the context that is left.
+            chat_template_kwargs: see `ChatTemplate.render`.
+        """
+        lone = len(messages) > 0 and isinstance(messages[0], Mapping)
+        several: Sequence[Any] = [messages] if lone else messages
+        all_params = self._per_request(params, len(several))
+        encoded = [
+            (None, self.chat_template.encode(each, chat_template_kwargs=chat_template_kwargs)) for each in several
+        ]
+        return self._run(encoded, all_params, None, on_progress)
+
+    def stream(
+        self, prompt: Prompt | Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Generate for one prompt or conversation, token by token.
+
+        Yields:
+            The same growing answer after every token. Closing the generator aborts the request.
+        """
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        token_ids = self.chat_template.encode(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
+        params = self._resolved(self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS)
+        text = prompt if isinstance(prompt, str) else None
+        request_id = self._add(text, token_ids, params, stream=True)
+        try:
+            finished = False
+            while not finished:
+                for output in self._step():
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
+        finally:
+            self._core.abort(request_id)
+            self._texts.discard(request_id)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, checked against the vocabulary.
+
+        Raises:
+            RequestError: it is no valid text, or holds something else than token ids.
+        """
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        vocab_size = self.engine.model_config.vocab_size
+        for token_id in prompt:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"prompt_token_ids holds {token_id!r}; allowed: integers from 0 to {vocab_size - 1}",
+                    "prompt_token_ids",
+                )
+        return list(prompt)
+
+    def _per_request(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, num_requests: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = SamplingParams()
+        if isinstance(params, SamplingParams):
+            return [self._with_defaults(params)] * num_requests
+        if len(params) != num_requests:
+            raise RequestError(f"{len(params)} sampling parameters for {num_requests} prompts; allowed: one each")
+        return [self._with_defaults(each) for each in params]
+
+    def _with_defaults(self, params: SamplingParams) -> SamplingParams:
+        if self.engine.config.generation_config == "auto":
+            params = params.with_defaults(self.engine.generation_config)
+        if not params.bad_words:
+            return params
+        return params.with_bad_words(lambda word: self.tokenizer.encode(word, add_bos=False, parse_special=False))
+
+    def _resolved(self, params: SamplingParams, prompt_len: int, default_max_tokens: int | None) -> SamplingParams:
+        """Return the parameters with a number for `max_tokens`, checked against the model."""
+        limits = self._core.scheduler.limits
+        max_tokens = params.validate_for(
+            vocab_size=limits.vocab_size,
+            max_model_len=limits.max_model_len,
+            prompt_len=prompt_len,
+            default_max_tokens=default_max_tokens,
+            num_layers=self.engine.model_config.num_layers + 1,
+        )
+        return params if params.max_tokens is not None else params.replace(max_tokens=max_tokens)
+
+    def _add(self, prompt: str | None, token_ids: list[int], params: SamplingParams, *, stream: bool = False) -> str:
+        request_id = f"request-{self._num_requests}"
+        self._num_requests += 1
+        stream = stream or self._texts.needs_every_token(params)
+        self._core.add_request(request_id, token_ids, params, stream=stream)
+        self._texts.add(request_id, prompt, token_ids, params)
+        return request_id
+
+    def _step(self) -> list[RequestOutput]:
+        """Run one step and return the requests that have something new."""
+        changed, stops = self._texts.process(self._core.step())
+        for stop in stops:
+            news = self._core.finish(stop.request_id, stop.index, stop.num_output_tokens)
+            if news is not None:
+                self._texts.process([news])
+        return changed
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        all_params: Sequence[SamplingParams],
+        default_max_tokens: int | None,
+        on_progress: Callable[[GenerationProgress], None] | None,
+    ) -> list[RequestOutput]:
+        resolved = [
+            self._resolved(params, len(token_ids), default_max_tokens)
+            for (_, token_ids), params in zip(prompts, all_params, strict=True)
+        ]
+        outputs: dict[str, RequestOutput | None] = {}
+        progress = GenerationProgress(len(prompts))
+        before = self._core.scheduler.stats
+        try:
+            for (text, token_ids), params in zip(prompts, resolved, strict=True):
+                outputs[self._add(text, token_ids, params)] = None
+            while progress.num_finished < len(prompts):
+                for output in self._step():
+                    if output.finished and output.request_id in outputs:
+                        outputs[output.request_id] = output
+                        progress.num_finished += 1
+                if on_progress is not None:
+                    stats = self._core.scheduler.stats
+                    progress.num_prefill_tokens = stats.num_prefill_tokens - before.num_prefill_tokens
+                    progress.num_output_tokens = stats.num_output_tokens - before.num_output_tokens
+                    progress.num_running, progress.num_waiting = stats.num_running, stats.num_waiting
+                    on_progress(progress)
+        finally:
+            for request_id, result in outputs.items():
+                if result is None:
+                    self._core.abort(request_id)
+                    self._texts.discard(request_id)
+        return [output for output in outputs.values() if output is not None]

@@ -1,0 +1,177 @@
+"""This module holds the start-up: from settings to an engine that runs, phase by phase. It does not know the front."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import EngineConfig, GenerationConfig, ModelConfig
+from .core import EngineCore
+from .errors import ConfigError
+from .hardware import detect
+from .resolve import ResolvedConfig, resolve
+from .scheduler import Scheduler, SchedulerLimits
+from .text.tokenizer import Tokenizer
+
+__all__ = ["Engine", "StartupPhase", "start_engine"]
+
+Progress = Callable[[int, int], None]
+
+
+class StartupPhase(NamedTuple):
+    """Where time went at start-up."""
+
+    name: str
+    seconds: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A running core and what fronts need to know of it."""
+
+    core: EngineCore
+    tokenizer: Tokenizer | None
+    config: EngineConfig
+    resolved: ResolvedConfig
+    model_config: ModelConfig
+    generation_config: GenerationConfig
+    fingerprint: str
+    """Tells models apart; see `Checkpoint`."""
+    phases: tuple[StartupPhase, ...]
+
+
+class _Phases:
+    """Times the phases and tells of each as it begins."""
+
+    def __init__(self, on_phase: Callable[[str], None] | None) -> None:
+        self.done: list[StartupPhase] = []
+        self.detail = ""
+        self._on_phase = on_phase
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self._on_phase is not None:
+            self._on_phase(name)
+        self.detail = ""
+        start = time.monotonic()
+        yield
+        self.done.append(StartupPhase(name, time.monotonic() - start, self.detail))
+
+
+def start_engine(
+    config: EngineConfig,
+    *,
+    on_phase: Callable[[str], None] | None = None,
+    on_weights: Progress | None = None,
+) -> Engine:
+    """Load a model and build an engine around it.
+
+    Args:
+        config: the settings.
+        on_phase: called with the name of each phase as it begins.
+        on_weights: called with (bytes read, bytes in all) while weights are read.
+
+    Raises:
+        ConfigError, CheckpointError, CapacityError: it cannot be started.
+    """
+    phase = _Phases(on_phase)
+    with phase("import torch"):
+        import torch
+        from octavo import kernels
+
+        from .loader import resolve_model
+        from .models.decoder import Decoder
+        from .runner.kv_cache import allocate_kv_cache
+        from .runner.model_runner import ModelRunner
+        from .runner.sampler import Sampler
+
+        phase.detail = torch.__version__
+    with phase("read the checkpoint's tables"):
+        checkpoint = resolve_model(config.model, load_format=config.load_format, seed=config.seed)
+        model_config = checkpoint.model_config
+        hardware = detect(config.device)
+        resolved = resolve(config, model_config, hardware, num_parameters=checkpoint.num_bytes(torch.int8))
+        dtype, device = getattr(torch, resolved.dtype), torch.device(resolved.device)
+        kernels.use_backend(resolved.backend)
+        phase.detail = f"{model_config.family}, {checkpoint.num_bytes(torch.int8) / 1e6:,.0f} M parameters"
+    with phase("build the tokenizer"):
+        tokenizer = _tokenizer(config, checkpoint.tokenizer_folder, checkpoint.tokenizer_metadata)
+        if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model's logits are "
+                f"{model_config.vocab_size} wide; allowed: a tokenizer that fits the model"
+            )
+        phase.detail = f"{tokenizer.vocab_size:,} ids" if tokenizer is not None else "none: token ids only"
+    with phase("load the weights"):
+        model = Decoder(
+            model_config,
+            lambda allocate, on_loaded: checkpoint.load_weights(allocate, on_loaded, on_weights),
+            dtype=dtype,
+            device=device,
+            max_model_len=resolved.max_model_len,
+            invariant=resolved.invariant,
+        )
+        phase.detail = f"{resolved.weight_bytes / 2**20:,.0f} MiB in {resolved.dtype}"
+    with phase("allocate the KV cache"):
+        cache = allocate_kv_cache(
+            model_config, num_blocks=resolved.num_blocks, block_size=resolved.block_size, dtype=dtype, device=device
+        )
+        tokens = resolved.num_blocks * resolved.block_size
+        phase.detail = f"{tokens:,} tokens in blocks of {resolved.block_size}"
+    num_valid_ids = tokenizer.vocab_size if tokenizer is not None else model_config.vocab_size
+    runner = ModelRunner(
+        model,
+        cache,
+        Sampler(
+            resolved.max_num_seqs,
+            model_config.vocab_size,
+            num_valid_ids=num_valid_ids,
+            device=device,
+        ),
+        max_num_seqs=resolved.max_num_seqs,
+        max_model_len=resolved.max_model_len,
+        block_size=resolved.block_size,
+        invariant=resolved.invariant,
+    )
+    eos = checkpoint.generation_config.eos_token_ids
+    if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
+        eos = (tokenizer.eos_token_id,)
+    limits = SchedulerLimits(
+        vocab_size=model_config.vocab_size,
+        max_model_len=resolved.max_model_len,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        num_blocks=resolved.num_blocks,
+        block_size=resolved.block_size,
+        eos_token_ids=frozenset(eos),
+        model_id=checkpoint.fingerprint,
+        prefix_caching=config.cache.prefix_caching,
+        policy=config.scheduler.policy,
+        faults=config.faults,
+    )
+    return Engine(
+        core=EngineCore(Scheduler(limits, time.monotonic), runner, seed=config.seed),
+        tokenizer=tokenizer,
+        config=config,
+        resolved=resolved,
+        model_config=model_config,
+        generation_config=checkpoint.generation_config,
+        fingerprint=checkpoint.fingerprint,
+        phases=tuple(phase.done),
+    )
+
+
+def _tokenizer(config: EngineConfig, folder: Path | None, metadata: Mapping[str, Any] | None) -> Tokenizer | None:
+    if config.tokenizer is not None:
+        path = Path(config.tokenizer)
+        if not path.is_dir():
+            raise ConfigError(f"tokenizer is {config.tokenizer!r}; allowed: a folder with a tokenizer.json")
+        return Tokenizer.from_folder(path)
+    if folder is not None:
+        return Tokenizer.from_folder(folder)
+    return Tokenizer.from_gguf(metadata, file=config.model) if metadata is not None else None
