@@ -1,4 +1,4 @@
-"""This package holds the engine: loading, scheduling, running, and the fronts people use. It does not know how ops work.
+"""This package holds the engine: loading, scheduling, running, and the fronts. It does not know how ops work.
 
 Names are loaded on first use (PEP 562): importing the package costs no torch import.
 """

@@ -163,8 +163,8 @@ def _num_blocks(
     affordable = int(left * share) // (bytes_per_token * cache.block_size)
     if affordable < 1:
         raise CapacityError(
-            f"one block of {cache.block_size} tokens takes {_gib(bytes_per_token * cache.block_size)} and {hardware.name} "
-            f"has {_gib(int(left * share))} for the KV pool; try --block-size 16, or a smaller model"
+            f"one block of {cache.block_size} tokens takes {_gib(bytes_per_token * cache.block_size)} and "
+            f"{hardware.name} has {_gib(int(left * share))} for the KV pool; try --block-size 16, or a smaller model"
         )
     num_blocks = min(affordable, max_num_seqs * blocks_per_seq)
     tokens = num_blocks * cache.block_size

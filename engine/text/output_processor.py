@@ -1,4 +1,4 @@
-"""This module holds the way from an engine's token ids to the texts users see. It does not know what runs the engine."""
+"""This module holds the way from an engine's token ids to the texts users see. It does not know the engine."""
 
 from __future__ import annotations
 
