@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ..step import LogprobEntry, ModelOutput, NewSequence, SchedulerOutput
 
-__all__ = ["FakeRunner", "InjectedError", "reference_stream", "reference_tokens"]
+__all__ = ["FakeRunner", "InjectedError", "kv_after", "reference_stream", "reference_tokens"]
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -53,6 +53,11 @@ def _mix_array(values: UInt64Array, places: UInt64Array) -> UInt64Array:
     mixed *= np.uint64(_FACTOR)
     mixed ^= mixed >> np.uint64(29)
     return mixed
+
+
+def kv_after(kv: int, token_id: int, position: int) -> int:
+    """Return what the slot of a token holds, given what the slot before it holds (0 before the first)."""
+    return (kv + _mix(token_id, position)) & _MASK
 
 
 def _draw(read: int, salt: int, position: int, alphabet: int, banned: frozenset[int]) -> int:
@@ -268,7 +273,7 @@ def reference_stream(
     num_outputs = 0
     while True:
         for token in waiting:
-            kv = (kv + _mix(token, position)) & _MASK
+            kv = kv_after(kv, token, position)
             read = (read + _mix(kv, position)) & _MASK
             position += 1
         banned = stop_token_ids if num_outputs < min_tokens else frozenset()

@@ -101,6 +101,11 @@ class KVCacheManager:
         num_needed = self.num_blocks_for(min(num_tokens + 1, request.max_num_tokens))
         return Prefix(blocks, len(blocks) * self.block_size, num_needed - len(blocks) + num_free_hits, next_digest)
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether any running row is about to compute a block it has announced."""
+        return bool(self._pending)
+
     def is_pending(self, digest: bytes | None) -> bool:
         """Whether a running row is about to compute the block of this name."""
         return digest in self._pending

@@ -176,6 +176,10 @@ class Scheduler:
             num_output_tokens=self._num_output_tokens,
         )
 
+    def running_requests(self) -> list[Request]:
+        """Return the requests that have a row, in service order: for tests and reports."""
+        return [self.rows.request(row) for row in self._order[self._is_running[self._order]].tolist()]
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached block; who uses one keeps it."""
         self.kv.pool.forget_all()
