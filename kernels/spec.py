@@ -18,7 +18,7 @@ __all__ = ["Axis", "Case", "OpSpec", "TensorSpec", "generator", "load_specs"]
 Inputs = dict[str, Any]
 """Argument name -> value: an op is called as `op(**inputs)`."""
 
-FAMILIES: Final = ("activation", "attention", "kv_cache", "norm")
+FAMILIES: Final = ("activation", "attention", "kv_cache", "norm", "sampling")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class TensorSpec:
     """One tensor argument or result.
 
     `shape` names axes of the op, or sizes derived from them ("num_seqs + 1"); `dtype` is a torch dtype's name, or
-    "float" for the dtype of the case, "cache" for the cache's.
+    "float" for the dtype of the case, "cache" for the cache's. A "float32" result is float64 in a float64 case.
     """
 
     shape: tuple[str, ...]

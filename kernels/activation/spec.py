@@ -28,7 +28,7 @@ def _make_inputs(width: int, case: Case, generator: torch.Generator) -> dict[str
 
 _CASES: Final = (
     *(
-        Case(f"{kind}-{dtype}", {"num_tokens": 5, "intermediate_size": 131, "kind": kind}, dtype)
+        Case(f"{kind}-{dtype}", {"num_tokens": 33, "intermediate_size": 67, "kind": kind}, dtype)
         for kind in _KINDS
         for dtype in ("float32", "bfloat16", "float16", "float64")
     ),

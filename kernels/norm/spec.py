@@ -58,7 +58,7 @@ def _cases(**extra: Any) -> tuple[Case, ...]:
         *(
             Case(
                 f"{dtype}{'-residual' if residual else ''}",
-                {"num_tokens": 5, "hidden_size": 576, "residual": residual},
+                {"num_tokens": 33, "hidden_size": 576, "residual": residual},
                 dtype,
             )
             for dtype in ("float32", "bfloat16", "float16", "float64")

@@ -41,7 +41,7 @@ def call_lse(op: str, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit by bit, NaN payloads and the sign of zero included."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
     return a.shape == b.shape and bool((a.contiguous().view(integer) == b.contiguous().view(integer)).all())
 
 

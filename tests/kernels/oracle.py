@@ -12,96 +12,79 @@ import torch
 from torch import Tensor
 
 
-def _dequantised(cache: Tensor, scale: Any, block: int, head: int, offset: int, dtype: torch.dtype) -> Tensor:
-    x = cache[block, head, offset].to(dtype)
-    if isinstance(scale, Tensor) and scale.dim() == 3:
-        return x * float(scale[block, head, offset])
-    return x if scale is None else x * float(scale)
+def _dense(inputs: dict[str, Any], name: str, s: int, seq_len: int, dtype: torch.dtype) -> Tensor:
+    """Return the (dequantised) keys or values of one sequence, slot by slot: [num_kv_heads, seq_len, head_dim]."""
+    cache, scale = inputs[f"{name}_cache"], inputs.get(f"{name}_scale")
+    _, num_kv_heads, block_size, head_dim = cache.shape
+    dense = torch.zeros(num_kv_heads, seq_len, head_dim, dtype=dtype)
+    for p in range(seq_len):
+        block, offset = int(inputs["block_table"][s, p // block_size]), p % block_size
+        for head in range(num_kv_heads):
+            factor = 1.0
+            if scale is not None:
+                factor = float(scale[block, head, offset] if scale.dim() == 3 else scale)
+            dense[head, p] = cache[block, head, offset].to(dtype) * factor
+    return dense
+
+
+def _sees(inputs: dict[str, Any], row: int, position: int, key: int, first: int) -> bool:
+    """Whether a query row sees a key; `first` is the position of its sequence's first query row."""
+    window, draft = inputs.get("window"), inputs.get("draft_mask")
+    if key > position or (window is not None and position - key >= window):
+        return False
+    return draft is None or key < first or bool(int(draft[row]) >> (key - first) & 1)
 
 
 def attention(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return out [num_tokens, num_q_heads, head_dim] and lse [num_tokens, num_q_heads] of one attention call."""
     q = inputs["q"].to(dtype)
-    num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = inputs["k_cache"].shape
-    sinks, window, cap = inputs.get("sinks"), inputs.get("window"), inputs.get("soft_cap")
-    draft = inputs.get("draft_mask")
-    out = torch.zeros(num_tokens, num_q_heads, head_dim, dtype=dtype)
-    lse = torch.full((num_tokens, num_q_heads), -math.inf, dtype=dtype)
+    group_size = q.shape[1] // inputs["k_cache"].shape[1]
+    sinks, cap = inputs.get("sinks"), inputs.get("soft_cap")
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=dtype)
     starts = inputs["cu_seqlens_q"].tolist()
     for s, seq_len in enumerate(inputs["seq_lens"].tolist()):
-        query_len = starts[s + 1] - starts[s]
-        for i in range(query_len):
-            row, position = starts[s] + i, seq_len - query_len + i
-            seen = [p for p in range(seq_len) if p <= position and (window is None or position - p < window)]
-            if draft is not None:
-                mask, first = int(draft[row]), seq_len - query_len
-                seen = [p for p in seen if p < first or mask >> (p - first) & 1]
-            for head in range(num_kv_heads):
-                slots = [(int(inputs["block_table"][s, p // block_size]), p % block_size) for p in seen]
-                if not slots and sinks is None:
-                    continue
-                keys = [_dequantised(inputs["k_cache"], inputs.get("k_scale"), b, head, o, dtype) for b, o in slots]
-                values = [_dequantised(inputs["v_cache"], inputs.get("v_scale"), b, head, o, dtype) for b, o in slots]
-                k = torch.stack(keys) if keys else q.new_zeros(0, head_dim)
-                v = torch.stack(values) if values else q.new_zeros(0, head_dim)
-                group_size = num_q_heads // num_kv_heads
-                for h in range(head * group_size, (head + 1) * group_size):
-                    scores = (k @ q[row, h]) * inputs["scale"]
-                    if cap is not None:
-                        scores = torch.tanh(scores / cap) * cap
-                    logits = scores if sinks is None else torch.cat((scores, sinks[h : h + 1].to(dtype)))
-                    top = logits.max()
-                    weights = torch.exp(scores - top)
-                    total = torch.exp(logits - top).sum()
-                    out[row, h] = (weights @ v) / total
-                    lse[row, h] = top + torch.log(total)
+        keys, values = _dense(inputs, "k", s, seq_len, dtype), _dense(inputs, "v", s, seq_len, dtype)
+        first = seq_len - (starts[s + 1] - starts[s])
+        for row in range(starts[s], starts[s + 1]):
+            position = first + row - starts[s]
+            seen = [p for p in range(seq_len) if _sees(inputs, row, position, p, first)]
+            if not seen and sinks is None:
+                continue
+            for h in range(q.shape[1]):
+                k, v = keys[h // group_size, seen], values[h // group_size, seen]
+                scores = (k @ q[row, h]) * inputs["scale"]
+                if cap is not None:
+                    scores = torch.tanh(scores / cap) * cap
+                logits = scores if sinks is None else torch.cat((scores, sinks[h : h + 1].to(dtype)))
+                top = logits.max()
+                total = torch.exp(logits - top).sum()
+                out[row, h] = (torch.exp(scores - top) @ v) / total
+                lse[row, h] = top + torch.log(total)
     return out, lse
 
 
 def plain_attention(inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return what `attention` does, by dense matrix products over all rows of a sequence and one masked softmax."""
     q = inputs["q"].to(dtype)
-    _, num_kv_heads, block_size, _ = inputs["k_cache"].shape
-    group_size = q.shape[1] // num_kv_heads
-    sinks, window, cap = inputs.get("sinks"), inputs.get("window"), inputs.get("soft_cap")
+    group_size = q.shape[1] // inputs["k_cache"].shape[1]
+    sinks, cap = inputs.get("sinks"), inputs.get("soft_cap")
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf, dtype=dtype)
     starts = inputs["cu_seqlens_q"].tolist()
     for s, seq_len in enumerate(inputs["seq_lens"].tolist()):
         rows = range(starts[s], starts[s + 1])
         if not rows or not seq_len:
             continue
-        dense = {}
-        for name in ("k", "v"):
-            cache, scale = inputs[f"{name}_cache"], inputs.get(f"{name}_scale")
-            dense[name] = torch.stack(
-                [
-                    torch.stack(
-                        [
-                            _dequantised(
-                                cache, scale, int(inputs["block_table"][s, p // block_size]), h, p % block_size, dtype
-                            )
-                            for p in range(seq_len)
-                        ]
-                    )
-                    for h in range(num_kv_heads)
-                ]
-            ).repeat_interleave(group_size, 0)  # [num_q_heads, seq_len, head_dim]
-        scores = q[rows.start : rows.stop].transpose(0, 1) @ dense["k"].transpose(1, 2) * inputs["scale"]
+        keys, values = (_dense(inputs, n, s, seq_len, dtype).repeat_interleave(group_size, 0) for n in ("k", "v"))
+        scores = q[rows.start : rows.stop].transpose(0, 1) @ keys.transpose(1, 2) * inputs["scale"]
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
-        for i, row in enumerate(rows):
-            first = seq_len - len(rows)
-            for p in range(seq_len):
-                hidden = p > first + i or (window is not None and first + i - p >= window)
-                if "draft_mask" in inputs and p >= first:
-                    hidden |= not int(inputs["draft_mask"][row]) >> (p - first) & 1
-                if hidden:
-                    scores[:, i, p] = -math.inf
+        first = seq_len - len(rows)
+        hidden = [[not _sees(inputs, row, first + i, p, first) for p in range(seq_len)] for i, row in enumerate(rows)]
+        scores[:, torch.tensor(hidden)] = -math.inf
         if sinks is not None:
             scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(-1, len(rows), 1)), dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., :seq_len]
-        out[rows.start : rows.stop] = (weights @ dense["v"]).transpose(0, 1)
+        out[rows.start : rows.stop] = (torch.softmax(scores, dim=-1)[..., :seq_len] @ values).transpose(0, 1)
         lse[rows.start : rows.stop] = torch.logsumexp(scores, dim=-1).T
     return out, lse
 

@@ -9,10 +9,14 @@ import torch
 from octavo.kernels.bounds import UNIT, bound
 from torch import Tensor
 
+# The mean of fewer rows is too near their maximum to be held to a bound of its own.
+MIN_ROWS_FOR_MEAN = 30
+
 
 class Errors(NamedTuple):
     """In units u of the output's dtype."""
 
+    num_rows: int
     row_max: float
     row_mean: float
     slope: float
@@ -32,7 +36,7 @@ def errors(out: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> Erro
     assert bool((difference[size == 0] == 0).all()), "an output that must be zero is not"
     rows = (difference[size > 0] / size[size > 0]) / unit
     if rows.numel() == 0:
-        return Errors(0.0, 0.0, 0.0)
+        return Errors(0, 0.0, 0.0, 0.0)
     # Bias per head: the least-squares slope of out over exact, rows normalised to equal size.
     slope = 0.0
     if exact.dim() == 3:
@@ -40,7 +44,7 @@ def errors(out: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> Erro
         x, y = exact * factor, out.double() * factor
         xx, xy = (x * x).sum((0, 2)), (x * y).sum((0, 2))  # [heads]
         slope = float((xy[xx > 0] / xx[xx > 0] - 1).abs().max()) / unit
-    return Errors(float(rows.max()), float(rows.mean()), slope)
+    return Errors(rows.numel(), float(rows.max()), float(rows.mean()), slope)
 
 
 def assert_rounding(kind: str, out: Tensor, exact: Tensor, yardsticks: Sequence[Tensor] = ()) -> None:
@@ -59,6 +63,7 @@ def assert_rounding(kind: str, out: Tensor, exact: Tensor, yardsticks: Sequence[
         # A lucky plain computation is no reason to fail: nothing is asked for less than one rounding.
         factor = (max(1.0, *(p.row_max for p in plain)), max(0.5, *(p.row_mean for p in plain)))
     assert found.row_max <= limit.row_max * factor[0], f"{kind} {dtype}: row max {found.row_max:.3f} u"
-    assert found.row_mean <= limit.row_mean * factor[1], f"{kind} {dtype}: row mean {found.row_mean:.3f} u"
+    if found.num_rows >= MIN_ROWS_FOR_MEAN:
+        assert found.row_mean <= limit.row_mean * factor[1], f"{kind} {dtype}: row mean {found.row_mean:.3f} u"
     if limit.slope is not None:
         assert found.slope <= limit.slope, f"{kind} {dtype}: slope bias {found.slope:.3f} u"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -109,9 +110,9 @@ def test_addresses_beyond_31_bits(backend: str) -> None:
     home, far = int(small["block_table"][0, 0]), (1 << 31) // (128 * 128) + 5
     large = {**small, "block_table": torch.tensor([[far]], dtype=torch.int32)}
     for name in ("k", "v"):
-        # Zeros from calloc: only the pages of the one block are ever backed by memory.
-        cache = torch.zeros((far + 1, 1, 128, 128), dtype=torch.int8)
-        scale = torch.zeros((far + 1, 1, 128))
+        # numpy's zeros come from calloc: only the pages of the one block are ever backed by memory.
+        cache = torch.from_numpy(np.zeros((far + 1, 1, 128, 128), dtype=np.int8))
+        scale = torch.from_numpy(np.zeros((far + 1, 1, 128), dtype=np.float32))
         cache[far], scale[far] = small[f"{name}_cache"][home], small[f"{name}_scale"][home]
         large[f"{name}_cache"], large[f"{name}_scale"] = cache, scale
     for op in OPS:
