@@ -261,14 +261,14 @@ def _log_softmax_rows(x: Tensor, num_top: int, token_ids: Tensor | None) -> Logp
     coarse = (mass + 2.0**-12).sub_(2.0**-12)
     fine = mass.sub_(coarse).add_(2.0**-36).sub_(2.0**-36)
     total = coarse.sum(-1, keepdim=True, dtype=torch.float64) + fine.sum(-1, keepdim=True, dtype=torch.float64)
-    shift = top.double() + total.log()
+    top, log_total = top.double(), total.log()
     if num_top:
         top_values, top_ids = _ranked(x, num_top)
     else:
         top_values, top_ids = x[:, :0], torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
-    top_values = (top_values.double() - shift).to(x.dtype)
+    top_values = (top_values.double() - top - log_total).to(x.dtype)
     if token_ids is None:
         return LogprobOutput(top_values, top_ids, None, None)
     chosen = x.gather(-1, token_ids[:, None])
-    values = (chosen.double() - shift).squeeze(-1).to(x.dtype)
+    values = (chosen.double() - top - log_total).squeeze(-1).to(x.dtype)
     return LogprobOutput(top_values, top_ids, values, (x >= chosen).sum(-1))

@@ -22,7 +22,8 @@ _INT32: Final = torch.iinfo(torch.int32)
 
 def _make_logits(case: Case, generator: torch.Generator) -> torch.Tensor:
     shape = case["num_seqs"], case["vocab_size"]
-    return (torch.randn(shape, generator=generator) * case.get("spread", 3.0)).to(case.torch_dtype)
+    logits = torch.randn(shape, generator=generator) * float(case.get("spread", 3.0))
+    return logits.to(case.torch_dtype)
 
 
 def _make_entries(case: Case, generator: torch.Generator) -> SampleParams:

@@ -1,0 +1,194 @@
+"""This module holds the checks of `sample` that a planted bug must fail. It does not know which backend is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import octavo.kernels
+import torch
+
+from .oracle import Row
+from .rows import assert_tokens, params_of, run
+
+NUM_ROWS = 120
+VOCAB_SIZE = 37
+
+
+def rows_over(seed: int, num_rows: int = NUM_ROWS, vocab_size: int = VOCAB_SIZE, spread: float = 1.0) -> Iterator[Row]:
+    """Yield greedy rows of different logits, seeds, choices and positions."""
+    rng = np.random.default_rng(seed)
+    for at in range(num_rows):
+        logits = (rng.standard_normal(vocab_size) * spread).astype(np.float32).astype(np.float64)
+        yield Row(logits, seed=int(rng.integers(2**63)), choice=at % 3, position=int(rng.integers(1000)))
+
+
+def check_greedy(seed: int) -> None:
+    assert_tokens(list(rows_over(seed)))
+    tied = [replace(row, logits=np.round(row.logits)) for row in rows_over(seed)]
+    found = run(tied)
+    assert found.token_ids.tolist() == [int(row.logits.argmax()) for row in tied], "a tie goes to the lowest id"
+
+
+def check_temperature(seed: int) -> None:
+    assert_tokens([replace(row, temperature=(0.3, 1.0, 2.0)[at % 3]) for at, row in enumerate(rows_over(seed))])
+
+
+def check_top_k(seed: int) -> None:
+    assert_tokens([replace(row, temperature=1.5, top_k=1 + at % 6) for at, row in enumerate(rows_over(seed))])
+
+
+def check_top_p(seed: int) -> None:
+    assert_tokens(
+        [replace(row, temperature=1.2, top_p=0.05 + at % 19 * 0.05) for at, row in enumerate(rows_over(seed))]
+    )
+
+
+def check_min_p(seed: int) -> None:
+    assert_tokens(
+        [replace(row, temperature=1.5, min_p=0.02 + at % 40 * 0.02) for at, row in enumerate(rows_over(seed))]
+    )
+
+
+def check_filters_together(seed: int) -> None:
+    """Every combination, with greedy rows between; top_p counts mass among what min_p and top_k have left."""
+    assert_tokens(
+        [
+            replace(
+                row,
+                temperature=(0.0, 1.0, 1.7)[at % 3],
+                top_k=(0, 3, 7, 20)[at % 4],
+                top_p=(1.0, 0.5, 0.8, 0.95, 0.2)[at % 5],
+                min_p=(0.0, 0.0, 0.1)[at // 3 % 3],
+            )
+            for at, row in enumerate(rows_over(seed, 2 * NUM_ROWS))
+        ]
+    )
+
+
+def check_ties_at_the_cut(seed: int) -> None:
+    """Equal logits rank by id: exactly the lowest of them survive top_k and top_p."""
+    flat = np.zeros(16)
+    levels = np.array([0.0, 2.0, 1.0, 1.0, 1.0, 2.0, 1.0, -1.0])
+    cuts: list[tuple[np.ndarray, int, float, set[int]]] = [
+        (flat, 5, 1.0, set(range(5))),
+        (flat, 0, 0.5, set(range(8))),
+        (flat, 0, 0.25, set(range(4))),
+        (flat, 8, 0.5, set(range(4))),
+        (flat, 0, 1e-9, {0}),
+        (levels, 3, 1.0, {1, 5, 2}),
+        (levels, 5, 1.0, {1, 5, 2, 3, 4}),
+        (levels, 1, 1.0, {1}),
+        (levels, 0, 0.2, {1}),
+    ]
+    for logits, top_k, top_p, survivors in cuts:
+        rows = [Row(logits, 1.0, top_k, top_p, seed=seed, position=at) for at in range(150)]
+        assert {int(token_id) for token_id in run(rows).token_ids} == survivors, f"top_k {top_k}, top_p {top_p}"
+
+
+def check_changed_logits(seed: int) -> None:
+    """Allowed and banned tokens, bias and penalties, each on some rows only, so that a neighbour's would show."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for at, row in enumerate(rows_over(seed)):
+        few = rng.permutation(VOCAB_SIZE).tolist()
+        rows.append(
+            replace(
+                row,
+                temperature=float(at % 2),
+                allowed=few[:20] if at % 3 == 0 else None,
+                banned=few[:7] if at % 4 == 0 else (),
+                bias={few[3]: 4.0, few[9]: -3.0, few[12]: 2.5} if at % 5 == 0 else {},
+                repetition=(1.0, 1.8, 0.6)[at % 3],
+                presence=1.5 * (at % 7 == 0),
+                frequency=0.4 * (at % 2),
+                prompt=few[15:25],
+                output=rng.choice(few[20:30], 12).tolist(),
+                num_valid_ids=35,
+            )
+        )
+    assert_tokens(rows)
+
+
+def check_invalid_ids(seed: int) -> None:
+    """Ids past the tokenizer's are never sampled, whatever their logits; features may name them."""
+    for temperature in (0.0, 1.0):
+        rows = [
+            replace(row, temperature=temperature, num_valid_ids=20, bias={30: 5.0}, banned=[31], repetition=1.5)
+            for row in rows_over(seed, 20)
+        ]
+        for row in rows:
+            row.logits[20:] = (50.0, np.nan, np.inf, *[9.0] * 14)
+            row.prompt = [3, 25]
+        assert_tokens(rows)
+
+
+def check_neighbours(seed: int) -> None:
+    """A row's token is the same alone, in any place, and beside rows that are not finite."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        replace(
+            row,
+            temperature=float(rng.choice([0.0, 0.7, 1.0])),
+            top_k=int(rng.choice([0, 5])),
+            top_p=float(rng.choice([1.0, 0.8])),
+            bias={4: 3.0} if at % 3 else {},
+            repetition=1.0 + at % 2,
+            prompt=[at],
+        )
+        for at, row in enumerate(rows_over(seed, 24))
+    ]
+    for at in range(0, 24, 5):
+        rows[at].logits[at] = (np.nan, np.inf)[at % 2]
+    together = run(rows)
+    assert together.failed.tolist() == [at % 5 == 0 for at in range(24)]
+    order = rng.permutation(24)
+    assert run([rows[at] for at in order]).failed.tolist() == together.failed[order].tolist()
+    for at in range(24):
+        alone = run([rows[at]])
+        assert bool(alone.failed) == bool(together.failed[at])
+        assert together.failed[at] or int(alone.token_ids) == int(together.token_ids[at]), f"row {at}"
+    moved = run([rows[at] for at in order])
+    kept = ~moved.failed
+    assert torch.equal(moved.token_ids[kept], together.token_ids[torch.from_numpy(order)][kept])
+
+
+def check_no_token_left(seed: int) -> None:
+    rows = list(rows_over(seed, 6))
+    rows[1] = replace(rows[1], allowed=[3], banned=[3])
+    rows[2] = replace(rows[2], logits=np.full(VOCAB_SIZE, -np.inf), temperature=1.0)
+    rows[3].logits[5:] = -np.inf
+    rows[4] = replace(rows[4], logits=np.where(np.arange(VOCAB_SIZE) == 3, np.nan, 0.0), banned=[3])
+    found = run(rows)
+    assert found.failed.tolist() == [False, True, True, False, True, False]
+    assert int(found.token_ids[3]) == int(rows[3].logits.argmax())
+
+
+def check_out(seed: int) -> None:
+    """Results land in `out`, and the logits are left as they were."""
+    rows = [replace(row, temperature=at % 2, bias={3: 9.0}) for at, row in enumerate(rows_over(seed, 9))]
+    logits = torch.tensor(np.stack([row.logits for row in rows]), dtype=torch.float32)
+    before = logits.clone()
+    fresh = octavo.kernels.sample(logits, params_of(rows))
+    out = type(fresh)(torch.full_like(fresh.token_ids, -1), ~fresh.failed)
+    assert octavo.kernels.sample(logits, params_of(rows), out=out) is out
+    assert torch.equal(out.token_ids, fresh.token_ids)
+    assert torch.equal(out.failed, fresh.failed)
+    assert torch.equal(logits, before)
+
+
+CHECKS: tuple[Callable[[int], None], ...] = (
+    check_greedy,
+    check_temperature,
+    check_top_k,
+    check_top_p,
+    check_min_p,
+    check_filters_together,
+    check_ties_at_the_cut,
+    check_changed_logits,
+    check_invalid_ids,
+    check_neighbours,
+    check_no_token_left,
+    check_out,
+)
