@@ -11,6 +11,9 @@ import pytest
 from octavo.engine.config import ModelConfig, RopeConfig
 from octavo.engine.errors import CheckpointError
 from octavo.engine.loader import resolve_model
+from octavo.engine.loader.fields import Fields
+from octavo.engine.loader.hf_config import parse_generation_config, parse_model_config
+from octavo.engine.loader.mapping import hf_sources
 
 Config = dict[str, Any]
 
@@ -309,3 +312,62 @@ def test_bad_sampling_defaults_are_refused_by_name(fields: Config, tmp_path: Pat
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be opened"):
         resolve_model(str(tmp_path))
+
+
+HOSTILE: list[Any] = [
+    0,
+    -1,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**40,
+    0.5,
+    1e400,
+    -0.0,
+    True,
+    False,
+    "",
+    "1",
+    "yarn",
+    "\ud800",
+    "x" * 10**5,
+]
+HOSTILE += [
+    [],
+    [1],
+    [None],
+    [[[[]]]],
+    ["LlamaForCausalLM"] * 2,
+    {},
+    {"rope_type": "yarn"},
+    {"a": {"b": []}},
+    [0] * 10**4,
+]
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "GPT2LMHeadModel"]
+)
+def test_any_value_of_any_field_gives_a_config_or_a_checkpoint_error(architecture: str, llama_config: Config) -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 1.0} | LLAMA3
+    base = GPT2 | llama_config | {"architectures": [architecture], "rope_scaling": yarn | {"rope_type": "yarn"}}
+    base |= dict.fromkeys(("sliding_window", "layer_types", "dtype", "n_inner", "use_sliding_window", "do_sample"))
+    base |= dict.fromkeys(("temperature", "top_k", "top_p", "quantization_config", "attention_bias", "mlp_bias"))
+    variants = [base | {key: value} for key in base for value in HOSTILE]
+    variants += [base | {"rope_scaling": yarn | {key: value}} for key in yarn for value in HOSTILE]
+    messages: list[str] = []
+    for variant in variants:
+        fields = Fields(variant, "config.json")
+        try:
+            config = parse_model_config(fields)
+            parse_generation_config(fields, config.vocab_size, sampling=True)
+        except CheckpointError as error:
+            messages.append(str(error))
+            continue
+        assert len(hf_sources(config)) <= 16 * 1024
+        assert config.num_q_heads % config.num_kv_heads == 0
+        assert config.head_dim >= 1
+        assert 0.0 < config.norm_eps <= 1.0
+    assert 0.3 < len(messages) / len(variants) < 1.0
+    assert max(map(len, messages)) < 1000
