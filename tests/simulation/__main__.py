@@ -1,7 +1,7 @@
 """This module holds the simulator's command line. It does not know what is simulated.
 
-    python -m tests.simulation --seeds 360 --start 0     many seeds, with progress and speed
-    python -m tests.simulation --seed 17                 one of them, again
+python -m tests.simulation --seeds 360 --start 0     many seeds, with progress and speed
+python -m tests.simulation --seed 17                 one of them, again
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from .simulator import Failure, run, shrink
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Simulate scheduler and block pool.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulation", description="Simulate scheduler and block pool."
+    )
     parser.add_argument("--seeds", type=int, default=60, help="how many seeds")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="run only this one")

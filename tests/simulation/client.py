@@ -72,6 +72,7 @@ class Sequence:
     def _check_end(self, output: EngineOutput, who: str) -> None:
         reason = output.finish_reason
         if reason == FinishReason.STOP:
+            check("I12", self.tokens, f"{who} stopped before its first token")
             check("I12", output.stop_reason == self.tokens[-1], f"{who} stopped at {output.stop_reason}")
             check("I12", self.tokens[-1] in self.stop_token_ids, f"{who} stopped without a stop token")
         elif reason == FinishReason.LENGTH:

@@ -10,7 +10,6 @@ from hashlib import sha256
 from itertools import chain
 
 import numpy as np
-
 from octavo.engine.request import Request
 from octavo.engine.runner.fake_runner import FakeRunner, kv_after
 from octavo.engine.scheduler import Scheduler
@@ -89,7 +88,7 @@ class Invariants:
         num_hits = int(scheduler.rows.num_computed_tokens[row]) // scheduler.limits.block_size
         for block in scheduler.kv.tables[row][:num_hits]:
             entry = scheduler.kv.pool.cached_entry(block)
-            check("I9", entry is not None, f"row {row} was admitted with block {block}, which nobody can find")
+            check("I6", entry is not None, f"row {row} was admitted with block {block}, which nobody can find")
             salt = self._prefixes[entry.digest][2]
             check("I9", salt == sequence.salt, f"block {block} of salt {salt!r} is seen under {sequence.salt!r}")
 
@@ -131,7 +130,7 @@ class Invariants:
 
     def _check_cache(self) -> None:
         """Check every block that has become cached since the last time: its name and its contents."""
-        pool, limits = self._scheduler.kv.pool, self._scheduler.limits
+        pool = self._scheduler.kv.pool
         entries = [pool.cached_entry(block) for block in range(pool.num_blocks + 1)]
         check("I6", pool.num_cached == sum(entry is not None for entry in entries), "digests and cached blocks differ")
         changed = [block for block, entry in enumerate(entries) if entry is not self._entries[block]]

@@ -1,7 +1,7 @@
 """This module holds what one simulated run is made of, drawn from a seed. It does not know how it is run.
 
-Every aspect has a random stream of its own, so that leaving out one fault, or half of the requests, leaves the rest of a
-scenario as it was: that is what makes a failure shrink.
+Every aspect has a random stream of its own, so that leaving out one fault, or half of the requests, leaves the rest
+of a scenario as it was: that is what makes a failure shrink.
 """
 
 from __future__ import annotations

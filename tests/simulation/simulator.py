@@ -1,4 +1,4 @@
-"""This module holds the simulator: real core, scheduler, pool and requests under random load and faults. Only the device is fake.
+"""This module holds the simulator: the real core, scheduler and pool under faults. It does not know a real device.
 
 Everything follows from a `Scenario`; nothing reads the machine's clock or its random numbers.
 """
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from octavo.engine.config import FaultConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.errors import RequestError
-from octavo.engine.runner.fake_runner import FakeRunner, reference_stream
+from octavo.engine.request import Request
+from octavo.engine.runner.fake_runner import FakeRunner, InjectedError, reference_stream
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.scheduler import Scheduler, SchedulerLimits
 from octavo.engine.step import EngineOutput, ModelOutput, SchedulerOutput
@@ -52,6 +53,16 @@ class _WatchedRunner:
         self._simulation = simulation
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
+        try:
+            return self._watch(step)
+        except InjectedError:
+            raise
+        except Exception as error:
+            # The core would take it for a fault of the device and go on.
+            self._simulation.broken = error
+            raise
+
+    def _watch(self, step: SchedulerOutput) -> ModelOutput:
         simulation = self._simulation
         simulation.invariants.check_work(step, simulation.oldest)
         simulation.inject_into(step)
@@ -103,7 +114,9 @@ class Simulation:
         self.alive: dict[str, int] = {}
         """Request id -> sequences that have not ended."""
         self.invariants = Invariants(self.scheduler, self.runner, self.sequences, SALTS)
-        self.oldest = None
+        self.oldest: Request | None = None
+        self.broken: Exception | None = None
+        """What went wrong inside a step."""
         self.step = 0
         self._num_added = 0
         self._num_failed_in_a_row = 0
@@ -135,7 +148,10 @@ class Simulation:
         spared = self.limits.faults.preempt_every or self.invariants.held
         order = self.scheduler.running_requests()
         self.oldest = order[0] if order and not spared else None
-        self._hear(self.core.step())
+        outputs = self.core.step()
+        if self.broken is not None:
+            raise self.broken
+        self._hear(outputs)
         self.invariants.check_state()
         if self.step % 16 == 0 and not self.invariants.held:
             self.scheduler.check_integrity()

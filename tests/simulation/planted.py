@@ -1,0 +1,226 @@
+"""This module holds bugs that allocators and schedulers have been shipped with. It does not know who finds them.
+
+Each is a function that breaks the real classes through a `MonkeyPatch`. All must be found by an invariant of the
+simulator, by name: a crash, or an assertion inside the engine, does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import pytest
+from octavo.engine.request import Request
+from octavo.engine.scheduler import BlockPool, KVCacheManager, Scheduler, kv_cache_manager
+from octavo.engine.scheduler.batch import NewBlocks
+from octavo.engine.scheduler.block_pool import NULL_BLOCK, CachedBlock
+from octavo.engine.scheduler.kv_cache_manager import Prefix
+from octavo.engine.step import EngineOutput
+
+__all__ = ["PLANTED", "Bug"]
+
+Patch = pytest.MonkeyPatch
+
+
+class Bug(NamedTuple):
+    """How to plant a bug, and the scenario settings under which it shows."""
+
+    plant: Callable[[Patch], None]
+    settings: list[str]
+    caught_by: set[str]
+    """Invariants of which one must be the first to notice."""
+
+
+def _leak_on_abort(patch: Patch) -> None:
+    abort, release = Scheduler.abort, BlockPool.release
+    aborting: list[bool] = []
+
+    def leaky(self: Scheduler, request_id: str) -> list[EngineOutput]:
+        aborting.append(True)
+        try:
+            return abort(self, request_id)
+        finally:
+            aborting.pop()
+
+    patch.setattr(Scheduler, "abort", leaky)
+    patch.setattr(BlockPool, "release", lambda self, blocks: None if aborting else release(self, blocks))
+
+
+def _stale_hash_map(patch: Patch) -> None:
+    take = BlockPool.take
+
+    def stale(self: BlockPool) -> int:
+        entry = self._cached[self._next[NULL_BLOCK]]
+        block = take(self)
+        if entry is not None:
+            self._cached[block] = entry
+            self._by_digest[entry.digest] = block
+        return block
+
+    patch.setattr(BlockPool, "take", stale)
+
+
+def _touch_without_counting(patch: Patch) -> None:
+    def share(self: BlockPool, block: int) -> None:
+        if self.ref_counts[block] == 0:
+            self._unlink(block)
+            self.ref_counts[block] = 1
+
+    patch.setattr(BlockPool, "share", share)
+
+
+def _touch_without_leaving_the_free_list(patch: Patch) -> None:
+    def share(self: BlockPool, block: int) -> None:
+        self.ref_counts[block] += 1
+
+    patch.setattr(BlockPool, "share", share)
+
+
+def _hash_without_parent(patch: Patch) -> None:
+    def extend(chain: list[bytes], token_bytes: bytes, block_bytes: int) -> None:
+        for start in range((len(chain) - 1) * block_bytes, len(token_bytes) - block_bytes + 1, block_bytes):
+            chain.append(sha256(token_bytes[start : start + block_bytes]).digest())
+
+    patch.setattr(kv_cache_manager, "extend_chain", extend)
+    patch.setattr(kv_cache_manager, "block_digest", lambda parent, token_bytes: sha256(token_bytes).digest())
+
+
+def _hash_without_salt(patch: Patch) -> None:
+    root = kv_cache_manager.root_digest
+    patch.setattr(kv_cache_manager, "root_digest", lambda model_id, salt: root(model_id, "0:"))
+
+
+def _full_hit(patch: Patch) -> None:
+    look_up = KVCacheManager.look_up
+
+    def greedy(self: KVCacheManager, request: Request) -> Prefix:
+        """Take the last full block too, even where it holds the last token."""
+        prefix = look_up(self, request)
+        i = len(prefix.blocks)
+        end = (i + 1) * self.block_size
+        if self.caching and end == len(request.token_ids) and len(request.digests) > i + 1:
+            data = request.token_ids[end - self.block_size :].tobytes()
+            block = self.pool.find(CachedBlock(request.digests[i + 1], request.digests[i], data))
+            if block is not None:
+                return prefix._replace(blocks=[*prefix.blocks, block], num_tokens=end)
+        return prefix
+
+    patch.setattr(KVCacheManager, "look_up", greedy)
+
+
+def _preempt_keeps_computed(patch: Patch) -> None:
+    preempt, look_up = Scheduler._preempt, KVCacheManager.look_up
+    kept: dict[int, int] = {}
+
+    def forgetful(self: Scheduler, row: int) -> None:
+        kept[id(self.rows.request(row))] = int(self.rows.num_computed_tokens[row])
+        preempt(self, row)
+
+    def remembers(self: KVCacheManager, request: Request) -> Prefix:
+        prefix = look_up(self, request)
+        return prefix._replace(num_tokens=max(prefix.num_tokens, kept.pop(id(request), 0)))
+
+    patch.setattr(Scheduler, "_preempt", forgetful)
+    patch.setattr(KVCacheManager, "look_up", remembers)
+
+
+def _preempt_to_the_back(patch: Patch) -> None:
+    preempt = Scheduler._preempt
+
+    def to_the_back(self: Scheduler, row: int) -> None:
+        self.rows.request(row).arrival += 1000
+        preempt(self, row)
+
+    patch.setattr(Scheduler, "_preempt", to_the_back)
+
+
+def _floor_blocks(patch: Patch) -> None:
+    patch.setattr(KVCacheManager, "num_blocks_for", lambda self, num_tokens: num_tokens // self.block_size)
+
+
+def _wrong_slot_at_edge(patch: Patch) -> None:
+    add = NewBlocks.add
+
+    def off_by_one(self: NewBlocks, row: int, first_column: int, blocks: list[int]) -> None:
+        """Put a block that a decoding row gets where the block before it is."""
+        add(self, row, first_column - (first_column > 0 and len(blocks) == 1), blocks)
+
+    patch.setattr(NewBlocks, "add", off_by_one)
+
+
+def _partial_block_cached(patch: Patch) -> None:
+    cache_full_blocks = KVCacheManager.cache_full_blocks
+    admit = KVCacheManager.admit
+
+    def early(self: KVCacheManager, row: int, request: Request, prefix: Prefix) -> None:
+        admit(self, row, request, prefix)
+        self.next_full[row] -= self.caching
+
+    def rounded_up(self: KVCacheManager, row: int, request: Request, token_ids: Any, num_computed_tokens: int) -> None:
+        self.next_full[row] += 1
+        cache_full_blocks(self, row, request, token_ids, num_computed_tokens + 1)
+        self.next_full[row] -= 1
+
+    patch.setattr(KVCacheManager, "admit", early)
+    patch.setattr(KVCacheManager, "cache_full_blocks", rounded_up)
+
+
+def _double_free(patch: Patch) -> None:
+    release = BlockPool.release
+
+    def twice(self: BlockPool, blocks: Iterable[int]) -> None:
+        blocks = list(blocks)
+        release(self, blocks)
+        release(self, [block for block in blocks if self.ref_counts[block] > 0])
+
+    patch.setattr(BlockPool, "release", twice)
+
+
+def _oldest_preempted(patch: Patch) -> None:
+    give_blocks = Scheduler._give_blocks
+
+    def preempts_the_oldest(self: Scheduler, short: Any, ends: Any, counts: Any, blocks: Any) -> Any:
+        if self.kv.pool.num_free == 0 and len(self._order) > 1:
+            self._preempt(int(self._order[0]))
+            self._drop_released()
+            return self._schedule_running(blocks)
+        return give_blocks(self, short, ends, counts, blocks)
+
+    patch.setattr(Scheduler, "_give_blocks", preempts_the_oldest)
+
+
+def _output_lost(patch: Patch) -> None:
+    end = Scheduler._end
+    patch.setattr(
+        Scheduler, "_end", lambda self, *args, **options: end(self, *args, **(options | {"num_output_tokens": 0}))
+    )
+
+
+TIGHT = [
+    "num_blocks=16",
+    "block_size=4",
+    "max_num_seqs=8",
+    "max_num_batched_tokens=32",
+    "prefix_caching=True",
+    "faults=abort",
+]
+ROOMY = ["num_blocks=64", "block_size=2", *TIGHT[2:]]
+
+PLANTED: dict[str, Bug] = {
+    "leak on abort": Bug(_leak_on_abort, ROOMY, {"I1"}),
+    "stale hash map": Bug(_stale_hash_map, TIGHT, {"I5", "I6"}),
+    "touch without ref++": Bug(_touch_without_counting, ROOMY, {"I1"}),
+    "touch without leaving the free list": Bug(_touch_without_leaving_the_free_list, ROOMY, {"I2", "I3"}),
+    "hash without parent": Bug(_hash_without_parent, ROOMY, {"I6"}),
+    "hash without salt": Bug(_hash_without_salt, ROOMY, {"I9"}),
+    "full hit leaves 0 tokens": Bug(_full_hit, ROOMY, {"I7"}),
+    "preempt keeps num_computed": Bug(_preempt_keeps_computed, TIGHT, {"I5", "I6"}),
+    "preempted to the back": Bug(_preempt_to_the_back, TIGHT, {"I10"}),
+    "floor blocks": Bug(_floor_blocks, TIGHT, {"I4"}),
+    "wrong slot at block edge": Bug(_wrong_slot_at_edge, TIGHT, {"I5", "I12"}),
+    "partial block cached": Bug(_partial_block_cached, ROOMY, {"I6"}),
+    "double free": Bug(_double_free, ROOMY, {"I1"}),
+    "oldest preempted": Bug(_oldest_preempted, TIGHT, {"I10"}),
+    "output lost at the end": Bug(_output_lost, TIGHT, {"I12"}),
+}
