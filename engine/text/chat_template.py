@@ -1,8 +1,8 @@
 """This module holds the step from messages to a prompt. It does not know the model, HTTP or the tokenizer's format.
 
 A template comes from the model's folder or from the operator, never from a request. Control tokens written inside a
-message are hidden from the template behind lone surrogates, which no valid text contains, and put back afterwards; where they
-stand is then known exactly, so that the tokenizer can encode them as text.
+message are hidden from the template behind lone surrogates, which no valid text contains, and put back afterwards.
+Where they stand is then known exactly, so that the tokenizer can encode them as text.
 """
 
 from __future__ import annotations
@@ -100,33 +100,35 @@ class ChatTemplate:
         if tools is not None:
             raise RequestError("tools are not supported; leave the field out", "tools")
         extra = _check_kwargs(chat_template_kwargs or {})
-        hidden: list[str] = []
         checked = _check_messages(messages)
-        for message in checked:
-            for key, value in message.items():
-                if key != "role":
-                    message[key] = self._guard.hide(value, hidden)
         variables = {
             **self._tokenizer.named_tokens,
             **extra,
-            "messages": checked,
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
+        prompt = self._render(checked, variables, self._guard.hide)
+        if any(self._guard.touches(text) for message in checked for text in _contents(message)):
+            # Guarded borders give the same text, unless the template looks at them: then its own view counts.
+            guarded = self._render(checked, variables, self._guard.hide_borders)
+            if guarded.text == prompt.text:
+                return guarded
+        return prompt
+
+    def _render(
+        self, messages: list[dict[str, str]], variables: dict[str, Any], hide: Callable[[str, list[str]], str]
+    ) -> RenderedPrompt:
+        hidden: list[str] = []
+        shown = [
+            {key: value if key == "role" else hide(value, hidden) for key, value in message.items()}
+            for message in messages
+        ]
         try:
-            text = self._environment.render_bounded(self._template, variables)
+            text = self._environment.render_bounded(self._template, variables | {"messages": shown})
         except TemplateRefusalError as error:
             raise RequestError(f"the chat template refuses the messages: {error}", "messages") from None
-        except (
-            TemplateError,
-            ArithmeticError,
-            LookupError,
-            MemoryError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except _TEMPLATE_FAULTS as error:
             # The error's text may quote a message, which belongs to the request only.
             raise RequestError(f"the chat template failed: {str(error)[:500]}", "messages") from error
         return _restore(text, hidden)
@@ -149,8 +151,12 @@ class ChatTemplate:
         return self._tokenizer.encode(prompt.text, add_bos=False, plain_spans=prompt.plain_spans)
 
 
+def _contents(message: Mapping[str, str]) -> list[str]:
+    return [value for key, value in message.items() if key != "role"]
+
+
 class _Guard:
-    """Hides, in one message, every control token and every character that could complete one with its surroundings."""
+    """Hides control tokens in one text of a message, and characters that could complete one with what stands beside."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._pattern = tokenizer.control_pattern
@@ -160,25 +166,38 @@ class _Guard:
         self._ends = {token[start:] for token in self._tokens for start in range(1, len(token))}
 
     def hide(self, text: str, hidden: list[str]) -> str:
-        """Return the text with placeholders; `hidden` gets what each of them, by its number, stands for."""
+        """Return the text with a placeholder per control token; `hidden` gets what each, by its number, stands for."""
+        return self._pattern.sub(lambda match: _placeholder(match[0], hidden), text)
 
-        def placeholder(plain: str) -> str:
-            hidden.append(plain)
-            high, low = divmod(len(hidden) - 1, 1024)
-            if high >= 1024:
-                raise RequestError(f"the messages hold more than {1024 * 1024} special tokens", "messages")
-            return chr(0xD800 + high) + chr(0xDC00 + low)
-
-        text = self._pattern.sub(lambda match: placeholder(match[0]), text)
-        sizes = range(1, min(len(text) + 1, self._longest))
-        is_end = any(text[-size:] in self._starts for size in sizes)
-        is_start = any(text[:size] in self._ends for size in sizes)
-        is_middle = len(text) < self._longest and text != "" and any(text in token for token in self._tokens)
-        if is_end and len(text) > 1:
-            text = text[:-1] + placeholder(text[-1])
-        if is_start or is_middle or (is_end and len(text) == 1):
-            text = placeholder(text[0]) + text[1:]
+    def hide_borders(self, text: str, hidden: list[str]) -> str:
+        """Hide the first and last character, too, where they touch; one character is enough to break a token."""
+        text = self.hide(text, hidden)
+        starts, ends = self._opens(text), self._closes(text)
+        if starts and len(text) > 1:
+            text = text[:-1] + _placeholder(text[-1], hidden)
+        if ends or (starts and len(text) == 1):
+            text = _placeholder(text[0], hidden) + text[1:]
         return text
+
+    def touches(self, text: str) -> bool:
+        """Say whether the text could be part of a control token that begins before it or ends after it."""
+        return self._opens(text) or self._closes(text)
+
+    def _opens(self, text: str) -> bool:
+        return any(text[-size:] in self._starts for size in range(1, min(len(text) + 1, self._longest)))
+
+    def _closes(self, text: str) -> bool:
+        if text and len(text) < self._longest and any(text in token for token in self._tokens):
+            return True
+        return any(text[:size] in self._ends for size in range(1, min(len(text) + 1, self._longest)))
+
+
+def _placeholder(plain: str, hidden: list[str]) -> str:
+    high, low = divmod(len(hidden), 1024)
+    if high >= 1024:
+        raise RequestError(f"the messages hold more than {1024 * 1024} special tokens", "messages")
+    hidden.append(plain)
+    return chr(0xD800 + high) + chr(0xDC00 + low)
 
 
 def _restore(text: str, hidden: Sequence[str]) -> RenderedPrompt:

@@ -104,8 +104,7 @@ class Tokenizer:
             backend = Backend.from_buffer(data)
             if getattr(backend.model, "dropout", None):
                 raise CheckpointError(file, "the model has a dropout, which would make encoding random")
-            vocab_ids = {name: backend.token_to_id(text) for name, text in named_tokens.items()}
-            prefix, suffix = _additions(backend, config, vocab_ids)
+            prefix, suffix = _additions(backend)
         return cls(
             backend,
             named_tokens=named_tokens,
@@ -346,14 +345,11 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return value
 
 
-def _additions(
-    backend: Backend, config: Mapping[str, Any], named_ids: Mapping[str, int | None]
-) -> tuple[list[int], list[int]]:
-    """Return the ids put before and after a text: the configuration decides, or else the post-processor."""
-    flags = [config.get(name) for name in ("add_bos_token", "add_eos_token")]
-    if any(isinstance(flag, bool) for flag in flags):
-        bos, eos = named_ids.get("bos_token"), named_ids.get("eos_token")
-        return [bos] if flags[0] and bos is not None else [], [eos] if flags[1] and eos is not None else []
+def _additions(backend: Backend) -> tuple[list[int], list[int]]:
+    """Return the ids the post-processor puts before and after a text.
+
+    `add_bos_token` in tokenizer_config.json is not read: beside a tokenizer.json transformers ignores it as well.
+    """
     bare = backend.encode("a", add_special_tokens=False).ids
     full = backend.encode("a", add_special_tokens=True).ids
     starts = [start for start in range(len(full)) if full[start : start + len(bare)] == bare]
