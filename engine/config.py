@@ -140,7 +140,9 @@ class CacheConfig:
     kv_cache_tokens: int | None = None
     """Size of the pool in tokens, rounded down to whole blocks; None: from the memory there is."""
     prefix_caching: bool = True
+    """Share the blocks of equal beginnings between requests, also of finished ones."""
     gpu_memory_utilization: float = 0.9
+    """Part of the GPU memory left beside the weights that the pool may take."""
 
     def __post_init__(self) -> None:
         _check_flag("prefix_caching", self.prefix_caching)
@@ -164,11 +166,13 @@ class SchedulerConfig:
     """How many tokens and sequences run in one step, and in which order requests are taken."""
 
     max_num_seqs: int = 256
+    """Sequences that run together."""
     max_num_batched_tokens: int | None = None
     """Token budget of one step; None: 2,048 on a GPU, 512 on a CPU."""
     max_model_len: int | None = None
     """Longest prompt plus output in tokens; None: what the model and the KV pool allow."""
     policy: Literal["fcfs", "priority"] = "fcfs"
+    """fcfs: in order of arrival; priority: by the requests' priority, then arrival."""
 
     def __post_init__(self) -> None:
         _check(
@@ -209,8 +213,11 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the model's shape, nothing read but its config."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Of weights, activations and KV; auto: float32 on a CPU, the checkpoint's own on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to run on."""
     backend: Literal["auto", "torch", "triton"] = "auto"
+    """Whose ops to run: the torch reference or the Triton kernels."""
     invariant: bool = False
     """Bit-equal tokens and logprobs whatever the batch, chunking, cache or preemption; slower."""
     generation_config: Literal["auto", "none"] = "auto"

@@ -10,6 +10,7 @@ from typing import Any
 from .config import EngineConfig
 from .errors import ConfigError, RequestError
 from .sampling_params import SamplingParams
+from .scheduler import SchedulerStats
 from .startup import Engine, start_engine
 from .step import RequestOutput
 from .text import ChatTemplate, Tokenizer
@@ -149,21 +150,66 @@ class LLM:
         Yields:
             The same growing answer after every token. Closing the generator aborts the request.
         """
-        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        token_ids = self.chat_template.encode(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
-        params = self._resolved(self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS)
-        text = prompt if isinstance(prompt, str) else None
-        request_id = self._add(text, token_ids, params, stream=True)
+        request_id = self.add(prompt, params, stream=True)
         try:
             finished = False
             while not finished:
-                for output in self._step():
+                for output in self.step():
                     if output.request_id == request_id:
                         finished = output.finished
                         yield output
         finally:
-            self._core.abort(request_id)
-            self._texts.discard(request_id)
+            self.abort(request_id)
+
+    def add(
+        self,
+        prompt: Prompt | Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+    ) -> str:
+        """Queue one request for `step` to run together with all others.
+
+        Args:
+            prompt: a text, its token ids, or the messages of a conversation.
+            params: `max_tokens` defaults to 16, and to the context that is left for a conversation.
+            stream: `step` returns the request after every token, not only at its end.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            RequestError: the prompt or a parameter is not allowed; no other request is concerned.
+        """
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        token_ids = self.chat_template.encode(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
+        params = self._resolved(self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS)
+        return self._add(prompt if isinstance(prompt, str) else None, token_ids, params, stream=stream)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; return the requests with something new, each the same growing object every time.
+
+        A `generate`, `chat` or `stream` that is under way runs steps of its own and drops what others get from them.
+
+        Raises:
+            EngineDeadError: several steps in a row have failed.
+        """
+        changed, stops = self._texts.process(self._core.step())
+        for stop in stops:
+            news = self._core.finish(stop.request_id, stop.index, stop.num_output_tokens)
+            if news is not None:
+                self._texts.process([news])
+        return changed
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks; an unknown or finished id is not an error."""
+        self._core.abort(request_id)
+        self._texts.discard(request_id)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the engine has done so far and holds now."""
+        return self._core.scheduler.stats
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, checked against the vocabulary.
@@ -220,15 +266,6 @@ class LLM:
         self._texts.add(request_id, prompt, token_ids, params)
         return request_id
 
-    def _step(self) -> list[RequestOutput]:
-        """Run one step and return the requests that have something new."""
-        changed, stops = self._texts.process(self._core.step())
-        for stop in stops:
-            news = self._core.finish(stop.request_id, stop.index, stop.num_output_tokens)
-            if news is not None:
-                self._texts.process([news])
-        return changed
-
     def _run(
         self,
         prompts: Sequence[tuple[str | None, list[int]]],
@@ -242,17 +279,17 @@ class LLM:
         ]
         outputs: dict[str, RequestOutput | None] = {}
         progress = GenerationProgress(len(prompts))
-        before = self._core.scheduler.stats
+        before = self.stats
         try:
             for (text, token_ids), params in zip(prompts, resolved, strict=True):
                 outputs[self._add(text, token_ids, params)] = None
             while progress.num_finished < len(prompts):
-                for output in self._step():
+                for output in self.step():
                     if output.finished and output.request_id in outputs:
                         outputs[output.request_id] = output
                         progress.num_finished += 1
                 if on_progress is not None:
-                    stats = self._core.scheduler.stats
+                    stats = self.stats
                     progress.num_prefill_tokens = stats.num_prefill_tokens - before.num_prefill_tokens
                     progress.num_output_tokens = stats.num_output_tokens - before.num_output_tokens
                     progress.num_running, progress.num_waiting = stats.num_running, stats.num_waiting
@@ -260,6 +297,5 @@ class LLM:
         finally:
             for request_id, result in outputs.items():
                 if result is None:
-                    self._core.abort(request_id)
-                    self._texts.discard(request_id)
+                    self.abort(request_id)
         return [output for output in outputs.values() if output is not None]

@@ -228,6 +228,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     """Token ids that end the output, besides EOS."""
     include_stop_str_in_output: bool = False
+    """Keep the stop string or token that ended the output in the text."""
     ignore_eos: bool = False
     """Go on after EOS; it may still be sampled."""
     max_tokens: int | None = None
@@ -247,6 +248,7 @@ class SamplingParams:
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     """Sequences of token ids never to complete."""
     skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
     detokenize: bool = True
     """Turn token ids into text."""
     return_hidden_states: Sequence[int] | None = None
