@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..common.checks import check_choice, check_shape, check_write_kv
-from ..rope.reference import RopeStyle, rotate
+from ..rope.reference import RopeStyle, rotate, rotation_factors
 
 __all__ = ["copy_blocks", "quantise_e4m3", "quantise_int8", "write_kv"]
 
@@ -27,26 +29,16 @@ def quantise_e4m3(x: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def _norm_and_rotate(
-    x: Tensor, norm: Tensor | None, eps: float, cos_sin: Tensor | None, style: RopeStyle, *, in_place: bool
+    x: Tensor, norm: Tensor | None, eps: float, factors: tuple[Tensor, Tensor] | None, style: RopeStyle
 ) -> Tensor:
-    """Return x normalised and rotated, computed in float32 at least, in the dtype of x and rounded once.
-
-    Args:
-        cos_sin: [num_tokens, 1, rotary_dim], the table's rows for these tokens.
-    """
-    if norm is None and cos_sin is None:
-        return x
-    compute_dtype = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(compute_dtype, copy=not in_place)
+    """Return x normalised and rotated, computed in float32 at least; x itself, changed, where it is in that dtype."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm is not None:
         inverse = y.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-        y = y.mul_(inverse).mul_(norm.to(compute_dtype))
-    if cos_sin is not None:
-        half = cos_sin.shape[-1] // 2
-        rotate(y, cos_sin[..., :half], cos_sin[..., half:], style)
-    if in_place:
-        return y if y is x else x.copy_(y)
-    return y.to(x.dtype)
+        y.mul_(inverse).mul_(norm.to(y.dtype))
+    if factors is not None:
+        rotate(y, *factors, style)
+    return y
 
 
 def write_kv(
@@ -82,25 +74,38 @@ def write_kv(
         v_scale=v_scale,
     )
     check_choice("rope_style", rope_style, ("neox", "interleaved"))
-    rows = None
-    if cos_sin is not None:
-        rows = cos_sin.index_select(0, positions)[:, None].to(torch.promote_types(q.dtype, torch.float32))
-    _norm_and_rotate(q, q_norm, eps, rows, rope_style, in_place=True)
-    k = _norm_and_rotate(k, k_norm, eps, rows, rope_style, in_place=False)
+    if q_norm is not None or k_norm is not None or cos_sin is not None:
+        factors = None
+        if cos_sin is not None:
+            rows = cos_sin.index_select(0, positions).to(torch.promote_types(q.dtype, torch.float32))
+            factors = rotation_factors(rows, rope_style)
+        rotated = _norm_and_rotate(q, q_norm, eps, factors, rope_style)
+        if rotated is not q:
+            q.copy_(rotated)
+        k = _norm_and_rotate(k.clone(), k_norm, eps, factors, rope_style).to(k.dtype)
 
-    written = slot_mapping >= 0
-    if not written.all():
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+    if (slot_mapping < 0).any():
+        written = slot_mapping >= 0
         k, v, slot_mapping = k[written], v[written], slot_mapping[written]
-    block_size = k_cache.shape[2]
-    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    # A slot's rows in the cache seen as [num_blocks * num_kv_heads * block_size, head_dim], one per head.
+    first = slot_mapping + slot_mapping // block_size * ((num_kv_heads - 1) * block_size)
+    rows = (first[:, None] + _head_offsets(num_kv_heads, block_size, first.device)).flatten()
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if cache.dtype == torch.int8:
             assert isinstance(scale, Tensor)
-            x, scale[block, :, offset] = quantise_int8(x)
+            x, scales = quantise_int8(x)
+            scale.view(-1).index_copy_(0, rows, scales.flatten())
         elif cache.dtype == torch.float8_e4m3fn:
             assert scale is not None
-            x = quantise_e4m3(x, scale)
-        cache[block, :, offset] = x.to(cache.dtype)
+            # Indexed as bytes: torch has no such write for float8.
+            x, cache = quantise_e4m3(x, scale).view(torch.int8), cache.view(torch.int8)
+        cache.view(-1, head_dim).index_copy_(0, rows, x.reshape(-1, head_dim).to(cache.dtype))
+
+
+@functools.cache
+def _head_offsets(num_kv_heads: int, block_size: int, device: torch.device) -> Tensor:
+    return torch.arange(0, num_kv_heads * block_size, block_size, device=device)
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> None:

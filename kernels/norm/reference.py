@@ -34,13 +34,14 @@ def rms_norm(
     check_out(out, x.shape, x)
     x = _add_residual(x, residual)
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == compute_dtype and not weight_offset and weight.dtype == x.dtype:
+        y = functional.rms_norm(x, weight.shape, weight, eps)
+        return y if out is None else out.copy_(y)
     wide = x.to(compute_dtype)
     gain = weight.to(compute_dtype)
     if weight_offset:
         gain = gain + weight_offset
     inverse = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-    if x.dtype == compute_dtype and out is not None:
-        return torch.mul(wide, inverse, out=out).mul_(gain)
     y = (wide * inverse).mul_(gain)
     if out is not None:
         return out.copy_(y)

@@ -124,19 +124,34 @@ def build_cos_sin(
     return table.to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: RopeStyle) -> None:
+def rotation_factors(rows: Tensor, style: RopeStyle) -> tuple[Tensor, Tensor]:
+    """Split rows of the table into what `rotate` multiplies by.
+
+    Args:
+        rows: [num_tokens, rotary_dim], cosines then sines.
+        style: neox pairs (i, i + rotary_dim / 2), interleaved pairs (2i, 2i + 1).
+
+    Returns:
+        cos and ±sin, shaped to broadcast over [num_tokens, heads, 2, rotary_dim / 2] (neox) or
+        [num_tokens, heads, rotary_dim / 2, 2] (interleaved).
+    """
+    cos, sin = rows[:, None].unflatten(-1, (2, -1)).unbind(2)
+    pair = -2 if style == "neox" else -1
+    return cos.unsqueeze(pair), torch.stack((-sin, sin), dim=pair)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, style: RopeStyle) -> None:
     """Rotate the first rotary_dim elements of every head of `x` in place.
+
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin): x · cos plus the swapped pairs times (-sin, sin), which is
+    four operations instead of nine.
 
     Args:
         x: [num_tokens, heads, head_dim], of cos's dtype.
-        cos, sin: [num_tokens, 1, rotary_dim / 2].
-        style: neox pairs (i, i + rotary_dim / 2), interleaved pairs (2i, 2i + 1).
+        cos, signed_sin: from `rotation_factors`.
     """
-    half = cos.shape[-1]
-    if style == "neox":
-        first, second = x[..., :half], x[..., half : 2 * half]
-    else:
-        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
-    rotated = first * cos - second * sin
-    second.copy_(second * cos + first * sin)
-    first.copy_(rotated)
+    pair = -2 if style == "neox" else -1
+    half = cos.shape[-1 if style == "neox" else -2]
+    pairs = x[..., : 2 * half].unflatten(-1, (2, half) if style == "neox" else (half, 2))
+    swapped = pairs.flip(pair).mul_(signed_sin)
+    pairs.mul_(cos).add_(swapped)
