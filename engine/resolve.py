@@ -53,6 +53,8 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    pack_weights: bool
+    """Whether projections are kept in the layout that is fastest for several rows; see `layers/linear.py`."""
     weight_bytes: int
     kv_bytes_per_token: int
     choices: tuple[Choice, ...]
@@ -97,6 +99,9 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
         max_num_seqs = max_num_batched_tokens
         choices.append(Choice("max_num_seqs", f"{max_num_seqs:,}", "every running sequence gets a token in every step"))
 
+    if hardware.device == "cpu" and max_num_seqs == 1:
+        choices.append(Choice("weight layout", "plain", "a single sequence decodes one row at a time"))
+
     max_model_len = config.scheduler.max_model_len or model.max_position
     if max_model_len > model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; allowed: at most the model's {model.max_position}")
@@ -117,6 +122,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        pack_weights=max_num_seqs > 1,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=bytes_per_token,
         choices=tuple(choices),

@@ -53,7 +53,7 @@ class Decoder:
             peak is that of the weights and one tensor.
         dtype, device: of weights and hidden states.
         max_model_len: longest sequence in tokens, for the table of rotations.
-        invariant: see `Linear`.
+        pack_weights, invariant: see `Linear`.
     """
 
     def __init__(
@@ -64,11 +64,13 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int,
+        pack_weights: bool = True,
         invariant: bool = False,
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.device = device
+        self._pack_weights = pack_weights
         self._invariant = invariant
         self._tensors: dict[str, torch.Tensor] = {}
         self._projections: dict[str, Linear] = {}
@@ -125,7 +127,7 @@ class Decoder:
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         if _PROJECTION.search(name):
-            self._projections[name] = Linear(tensor, invariant=self._invariant)
+            self._projections[name] = Linear(tensor, pack=self._pack_weights, invariant=self._invariant)
         else:
             self._tensors[name] = tensor
 
