@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from .store import Entry
 
 __all__ = ["GGUFStore", "open_gguf"]
 
-MAX_METADATA_BYTES = 256 << 20
+MAX_METADATA_BYTES = 64 << 20
 MAX_NAME_BYTES = 512
 PIECE_BYTES = 1 << 20
 _STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
@@ -129,8 +129,17 @@ def open_gguf(path: Path) -> GGUFStore:
     return GGUFStore(file.name, MappingProxyType(metadata), _place(file, infos, start, alignment))
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int, int]:
-    """Read one row of the tensor table: name, shape [rows, columns], type, offset, bytes."""
+class _TensorInfo(NamedTuple):
+    """One row of the tensor table; `offset` counts from the start of the data."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+def _tensor_info(cursor: _Cursor) -> _TensorInfo:
     name = cursor.string(MAX_NAME_BYTES)
     rank = cursor.integer(4)
     if not 1 <= rank <= 4:
@@ -147,12 +156,11 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizatio
     block_elements, block_bytes = GGML_QUANT_SIZES[_TYPES[kind]]
     if 0 in sizes or sizes[0] % block_elements:
         raise CheckpointError(cursor.file.name, f"has sizes {sizes}, not rows of {block_elements} elements", name)
-    return name, tuple(reversed(sizes)), _TYPES[kind], offset, math.prod(sizes) // block_elements * block_bytes
+    num_bytes = math.prod(sizes) // block_elements * block_bytes
+    return _TensorInfo(name, tuple(reversed(sizes)), _TYPES[kind], offset, num_bytes)
 
 
-def _place(
-    file: ByteFile, infos: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int, int]], start: int, alignment: int
-) -> dict[str, Entry]:
+def _place(file: ByteFile, infos: list[_TensorInfo], start: int, alignment: int) -> dict[str, Entry]:
     """Check that tensors follow each other in the table's order, padded to the alignment, up to the file's end."""
     entries: dict[str, Entry] = {}
     expected = 0

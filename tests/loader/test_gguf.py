@@ -424,6 +424,14 @@ def test_a_bad_file_is_refused(fault: str, tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "m.gguf"))
 
 
+def test_metadata_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(raw_file(counts=(0, 1), body=text(b"a") + struct.pack("<IIQ", 9, 0, 80 << 20)))
+    os.truncate(path, 100 << 20)
+    with pytest.raises(CheckpointError, match="run past 67108864 bytes"):
+        resolve_model(str(path))
+
+
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path, count: Count) -> None:
     path = tmp_path / "m.gguf"
     write(path, weights(), kind=Kind.Q4_0)
