@@ -55,7 +55,8 @@ def _make_write_inputs(case: Case, generator: torch.Generator) -> dict[str, Any]
     if kind == "int8":
         inputs |= {name: torch.full(shape[:3], float("nan")) for name in ("k_scale", "v_scale")}
     if kind == "e4m3":
-        inputs |= {"k_scale": torch.tensor(0.01), "v_scale": torch.tensor(0.02)}
+        # Small enough that some elements lie beyond 448 steps and must be clamped.
+        inputs |= {"k_scale": torch.tensor(0.005), "v_scale": torch.tensor(0.004)}
     return inputs
 
 

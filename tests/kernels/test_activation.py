@@ -6,32 +6,22 @@ import octavo.kernels
 import pytest
 import torch
 from octavo.kernels.activation import Activation
-from octavo.kernels.spec import Case, load_specs
+from octavo.kernels.spec import Case
 
-from . import oracle
+from . import mlp_checks
 from .attention_checks import same_bits
-from .rounding import assert_rounding
-from .seeds import case_inputs
-
-GATED, UNGATED = (load_specs()[name] for name in ("gated_activation", "ungated_activation"))
-CASES = [case for case in GATED.cases if case.tier != "bench"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", mlp_checks.CASES, ids=lambda case: case.name)
 def test_gated(backend: str, case: Case, seeds: range) -> None:
     for seed in seeds:
-        inputs = case_inputs(GATED, case, seed)
-        gate, up = inputs["x"].double().chunk(2, dim=1)
-        exact = oracle.activation(gate, inputs["kind"]) * up
-        assert_rounding("elementwise", octavo.kernels.gated_activation(**inputs), exact)
+        mlp_checks.gated_rounding(case, seed)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", mlp_checks.CASES, ids=lambda case: case.name)
 def test_ungated(backend: str, case: Case, seeds: range) -> None:
     for seed in seeds:
-        inputs = case_inputs(UNGATED, case, seed)
-        exact = oracle.activation(inputs["x"], inputs["kind"])
-        assert_rounding("elementwise", octavo.kernels.ungated_activation(**inputs), exact)
+        mlp_checks.ungated_rounding(case, seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,36 +7,25 @@ import pytest
 import torch
 from octavo.kernels.spec import Case
 
-from . import oracle
-from . import write_kv_checks as checks
+from . import norm_checks as checks
 from .attention_checks import same_bits
-from .rounding import assert_rounding
 from .seeds import case_inputs
 
-LAYER = checks.SPECS["layer_norm"]
 
-
-@pytest.mark.parametrize("case", checks.rms_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", checks.RMS_CASES, ids=lambda case: case.name)
 def test_rms_norm(backend: str, case: Case, seeds: range) -> None:
     for seed in seeds:
         checks.rms_norm_rounding(case, seed)
 
 
 def test_rms_norm_by_hand(backend: str) -> None:
-    checks.rms_norm_by_hand("rms_norm")
+    checks.rms_norm_by_hand()
 
 
-@pytest.mark.parametrize("case", [case for case in LAYER.cases if case.tier != "bench"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", checks.LAYER_CASES, ids=lambda case: case.name)
 def test_layer_norm(backend: str, case: Case, seeds: range) -> None:
     for seed in seeds:
-        inputs = case_inputs(LAYER, case, seed)
-        x = inputs["x"].clone()
-        if "residual" in inputs:
-            x = inputs["residual"] + x
-        out = octavo.kernels.layer_norm(**inputs)
-        if "residual" in inputs:
-            assert same_bits(inputs["residual"], x)
-        assert_rounding("elementwise", out, oracle.layer_norm(x, inputs["weight"], inputs["bias"], inputs["eps"]))
+        checks.layer_norm_rounding(case, seed)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])

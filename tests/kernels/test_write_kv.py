@@ -8,15 +8,15 @@ import torch
 from octavo.kernels.kv_cache.reference import quantise_e4m3, quantise_int8
 from octavo.kernels.spec import Case
 
-from . import write_kv_checks as checks
+from . import kv_cache_checks as checks
 from .attention_checks import same_bits
 from .seeds import case_inputs
 
 
-@pytest.mark.parametrize("case", checks.write_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", checks.CASES, ids=lambda case: case.name)
 def test_rounding(backend: str, case: Case, seeds: range) -> None:
     for seed in seeds:
-        checks.rounding(case, seed)
+        checks.writes_what_it_should(case, seed)
 
 
 @pytest.mark.parametrize("style", ["neox", "interleaved"])
@@ -25,11 +25,11 @@ def test_rotation(backend: str, style: str) -> None:
 
 
 def test_padding(backend: str) -> None:
-    checks.padding_writes_nothing("write_kv")
+    checks.padding_writes_nothing()
 
 
 def test_every_slot(backend: str) -> None:
-    checks.big_slots("write_kv")
+    checks.every_slot_is_reached()
 
 
 def test_rows_do_not_depend_on_each_other(backend: str) -> None:
@@ -42,15 +42,10 @@ def test_rows_do_not_depend_on_each_other(backend: str) -> None:
     assert same_bits(alone["q"], whole["q"][4:5])
 
 
-@pytest.mark.parametrize("case", checks.SPECS["copy_blocks"].cases, ids=lambda case: case.name)
-def test_copy_blocks(backend: str, case: Case) -> None:
-    inputs = case_inputs(checks.SPECS["copy_blocks"], case, 0)
-    before = inputs["k_cache"].clone(), inputs["v_cache"].clone()
-    octavo.kernels.copy_blocks(**inputs)
-    copied = dict(zip(inputs["dst"].tolist(), inputs["src"].tolist(), strict=True))
-    for x, old in zip((inputs["k_cache"], inputs["v_cache"]), before, strict=True):
-        for block in range(len(x)):
-            assert same_bits(x[block], old[copied.get(block, block)])
+@pytest.mark.parametrize("case", checks.COPY_CASES, ids=lambda case: case.name)
+def test_copy_blocks(backend: str, case: Case, seeds: range) -> None:
+    for seed in seeds:
+        checks.copies_blocks(case, seed)
 
 
 def test_copy_blocks_reads_before_it_writes(backend: str) -> None:

@@ -1,7 +1,8 @@
-"""This module holds what `write_kv` and the norms must satisfy, as functions. It does not know the backend."""
+"""This module holds what the ops that write the KV cache must satisfy, as functions. It does not know the backend."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import octavo.kernels
@@ -21,7 +22,7 @@ def _copies(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
-def rounding(case: Case, seed: int = 0) -> None:
+def writes_what_it_should(case: Case, seed: int = 0) -> None:
     """Every written slot and q are the oracle's within one rounding; everything else keeps its bits."""
     inputs = case_inputs(SPECS["write_kv"], case, seed)
     before = _copies(inputs)
@@ -110,7 +111,7 @@ def rotation_is_exact_at_zero(style: str) -> None:
     assert torch.equal(v_cache[0, :, 1], v[1]), "values are copied"
 
 
-def padding_writes_nothing(_: str) -> None:
+def padding_writes_nothing() -> None:
     """Slot -1 leaves both caches as they are, the last slot of the last block too."""
     shape = (3, 2, 4, 8)
     k_cache, v_cache = torch.zeros(shape), torch.zeros(shape)
@@ -122,39 +123,7 @@ def padding_writes_nothing(_: str) -> None:
     assert not v_cache.any(), "slot -1 wrote a value"
 
 
-def rms_norm_rounding(case: Case, seed: int = 0) -> None:
-    """The result, and the residual it leaves behind, are the oracle's within their bound."""
-    inputs = case_inputs(SPECS["rms_norm"], case, seed)
-    x = inputs["x"].clone()
-    if "residual" in inputs:
-        x = inputs["residual"] + x
-    out = octavo.kernels.rms_norm(**inputs)
-    if "residual" in inputs:
-        assert same_bits(inputs["residual"], x), "the residual is not the rounded sum"
-    exact = oracle.rms_norm(x, inputs["weight"], inputs["eps"], inputs.get("weight_offset", 0.0))
-    assert_rounding("elementwise", out, exact)
-
-
-def rms_norm_by_hand(_: str) -> None:
-    """Numbers that come out exact: a row of ±3 has a mean square of 9, whatever its (odd) length."""
-    for size in (1, 5, 7, 64, 100):
-        x = torch.full((2, size), 3.0)
-        x[0, ::2] = -3.0
-        weight = torch.arange(1.0, size + 1)
-        out = octavo.kernels.rms_norm(x, weight, eps=0.0)
-        limit = 4 * 2.0**-24 * weight
-        assert bool(((out - x / 3 * weight).abs() <= limit).all()), f"a row of {size} elements is not normalised"
-
-
-def write_cases() -> list[Case]:
-    return [case for case in SPECS["write_kv"].cases if case.tier != "bench"]
-
-
-def rms_cases() -> list[Case]:
-    return [case for case in SPECS["rms_norm"].cases if case.tier != "bench"]
-
-
-def big_slots(_: str) -> None:
+def every_slot_is_reached() -> None:
     """Every slot of a cache is reached: writing them all in random order leaves each token in its own."""
     num_blocks, block_size = 5, 3
     slots = torch.randperm(num_blocks * block_size, generator=generator("slots"))
@@ -164,3 +133,27 @@ def big_slots(_: str) -> None:
     for t, slot in enumerate(slots.tolist()):
         assert torch.equal(k_cache[slot // block_size, :, slot % block_size], k[t]), f"token {t} is not in slot {slot}"
         assert torch.equal(v_cache[slot // block_size, :, slot % block_size], -k[t]), f"token {t} is not in slot {slot}"
+
+
+def copies_blocks(case: Case, seed: int = 0) -> None:
+    """Every destination holds its source as it was before the call; every other block keeps its bits."""
+    inputs = case_inputs(SPECS["copy_blocks"], case, seed)
+    before = _copies(inputs)
+    octavo.kernels.copy_blocks(**inputs)
+    copied = dict(zip(inputs["dst"].tolist(), inputs["src"].tolist(), strict=True))
+    for name in ("k_cache", "v_cache"):
+        for block, x in enumerate(inputs[name]):
+            source = copied.get(block, block)
+            assert same_bits(x, before[name][source]), f"{name}: block {block} is not what block {source} was"
+
+
+CASES = [case for case in SPECS["write_kv"].cases if case.tier != "bench"]
+COPY_CASES = SPECS["copy_blocks"].cases
+CHECKS = (
+    ("exact: rotation neox", partial(rotation_is_exact_at_zero, "neox")),
+    ("exact: rotation interleaved", partial(rotation_is_exact_at_zero, "interleaved")),
+    ("exact: padding", padding_writes_nothing),
+    ("exact: every slot", every_slot_is_reached),
+    *((f"rounding: {case.name}", partial(writes_what_it_should, case)) for case in CASES),
+)
+COPY_CHECKS = tuple((f"exact: {case.name}", partial(copies_blocks, case)) for case in COPY_CASES)
