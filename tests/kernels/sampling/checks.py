@@ -60,7 +60,7 @@ def check_filters_together(seed: int) -> None:
                 temperature=(0.0, 1.0, 1.7)[at % 3],
                 top_k=(0, 3, 7, 20)[at % 4],
                 top_p=(1.0, 0.5, 0.8, 0.95, 0.2)[at % 5],
-                min_p=(0.0, 0.0, 0.1)[at // 3 % 3],
+                min_p=(0.0, 0.0, 0.4)[at // 3 % 3],
             )
             for at, row in enumerate(rows_over(seed, 2 * NUM_ROWS))
         ]
