@@ -287,7 +287,8 @@ class SamplingParams:
         for key in mapping:
             if key not in RULES:
                 allowed = ", ".join(RULES)
-                raise RequestError(f"unknown parameter {_show(key)}; allowed: {allowed}", param=str(key)[:64])
+                name = str(key)[:64].encode(errors="backslashreplace").decode()
+                raise RequestError(f"unknown parameter {_show(key)}; allowed: {allowed}", param=name)
         values = {key: value for key, value in mapping.items() if value is not None}
         if isinstance(bias := values.get("logit_bias"), Mapping):
             if len(bias) > MAX_BIASES:
