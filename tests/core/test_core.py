@@ -1,0 +1,228 @@
+"""This module holds the loop from end to end over the fake runner: what goes in, what comes out, what fails alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from octavo.engine.config import FaultConfig
+from octavo.engine.core import MAX_FAILED_STEPS, EngineCore
+from octavo.engine.errors import EngineDeadError, RequestError
+from octavo.engine.runner.fake_runner import FakeRunner, InjectedError, reference_tokens
+from octavo.engine.sampling_params import SamplingParams
+from octavo.engine.scheduler import Scheduler, SchedulerLimits
+from octavo.engine.step import FinishReason, ModelOutput, SchedulerOutput
+
+ALPHABET = 40
+EOS = 3
+
+
+def make_core(**changes: Any) -> EngineCore:
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "max_model_len": 96,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "num_blocks": 64,
+        "block_size": 4,
+        "eos_token_ids": frozenset({EOS}),
+    }
+    limits = SchedulerLimits(**(sizes | changes))
+    runner = FakeRunner(
+        num_blocks=limits.num_blocks,
+        block_size=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        alphabet=ALPHABET,
+    )
+    return EngineCore(Scheduler(limits, lambda: 0.0), runner, seed=5)
+
+
+def run_out(core: EngineCore) -> dict[tuple[str, int], list[int]]:
+    tokens: dict[tuple[str, int], list[int]] = {}
+    while core.has_unfinished:
+        for output in core.step():
+            tokens.setdefault((output.request_id, output.index), []).extend(output.new_token_ids)
+        core.scheduler.check_integrity()
+    return tokens
+
+
+def fake(core: EngineCore) -> FakeRunner:
+    assert isinstance(core.runner, FakeRunner)
+    return core.runner
+
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one at a time": {"max_num_seqs": 1},
+    "chunks of 8": {"max_num_batched_tokens": 8},
+    "small pool": {"num_blocks": 24},
+    "no prefix cache": {"prefix_caching": False},
+    "missed prefixes": {"faults": FaultConfig(miss_prefix_cache=True)},
+    "preempted every third step": {"faults": FaultConfig(preempt_every=3)},
+    "blocks of one": {"block_size": 1, "num_blocks": 128},
+    "blocks of sixteen": {"block_size": 16, "num_blocks": 12},
+    "priority": {"policy": "priority"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tokens_do_not_depend_on_how_they_were_scheduled(name: str) -> None:
+    core = make_core(**CONFIGURATIONS[name])
+    expected = {}
+    for i in range(10):
+        prompt = [9] * 12 + [i % 3] * (i % 5 + 1)
+        params = SamplingParams(n=1 + i % 2, max_tokens=4 + 3 * i, seed=i % 4, priority=i % 3)
+        core.add_request(f"r{i}", prompt, params, stream=i % 2 == 0)
+        for index in range(params.n):
+            expected[f"r{i}", index] = reference_tokens(
+                prompt, 4 + 3 * i, seed=i % 4, index=index, alphabet=ALPHABET, stop_token_ids=frozenset({EOS})
+            )
+    assert run_out(core) == expected
+    assert core.scheduler.stats.num_free_blocks == core.scheduler.limits.num_blocks
+
+
+def test_choices_differ_and_repeat() -> None:
+    answers = []
+    for _ in range(2):
+        core = make_core()
+        core.add_request("a", [9, 8, 7], SamplingParams(n=3, max_tokens=12, ignore_eos=True))
+        core.add_request("b", [9, 8, 7], SamplingParams(max_tokens=12, ignore_eos=True))
+        answers.append(run_out(core))
+    assert answers[0] == answers[1], "seeds are drawn from the engine's"
+    assert len({tuple(tokens) for tokens in answers[0].values()}) == 4
+
+
+def test_max_tokens_of_none_goes_to_the_end_of_the_context() -> None:
+    core = make_core(num_blocks=10)
+    core.add_request("a", [9, 8, 7], SamplingParams(ignore_eos=True))
+    assert len(run_out(core)["a", 0]) == 40 - 3, "ten blocks of four hold less than the context"
+
+
+def test_eos_is_ignored_only_where_asked() -> None:
+    core = make_core()
+    for name, ignore in (("stops", False), ("goes on", True)):
+        core.add_request(name, [9, 8, 7], SamplingParams(max_tokens=90, seed=1, ignore_eos=ignore))
+    tokens = run_out(core)
+    assert len(tokens["goes on", 0]) == 90
+    end = tokens["goes on", 0].index(EOS)
+    assert tokens["stops", 0] == tokens["goes on", 0][: end + 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "param"),
+    [
+        ([], {}, "prompt"),
+        ([1] * 96, {}, "prompt"),
+        ([1, 64], {}, "prompt"),
+        ([1, -1], {}, "prompt"),
+        ([1, 2**70], {}, "prompt"),
+        ([1, 1.5], {}, "prompt"),
+        (["1"], {}, "prompt"),
+        ([[1]], {}, "prompt"),
+        ([[1], [1, 2]], {}, "prompt"),
+        ([None], {}, "prompt"),
+        ([True], {}, "prompt"),
+        ("abc", {}, "prompt"),
+        ([1], {"max_tokens": 96}, "max_tokens"),
+        ([1], {"stop_token_ids": [64]}, "stop_token_ids"),
+    ],
+)
+def test_a_wrong_request_is_refused_and_leaves_nothing(prompt: Any, changes: dict[str, Any], param: str) -> None:
+    core = make_core()
+    with pytest.raises(RequestError) as refused:
+        core.add_request("a", prompt, SamplingParams(**({"max_tokens": 1} | changes)))
+    assert refused.value.param == param
+    assert not core.has_unfinished
+    core.add_request("a", [1], SamplingParams(max_tokens=1))
+
+
+def test_salt_and_domain_both_separate_prefixes() -> None:
+    core = make_core()
+    prompt = list(range(10, 22))
+    for i, (domain, salt) in enumerate([("", None), ("x", None), ("", "x"), ("1:", "x"), ("x", None)]):
+        core.add_request(f"r{i}", prompt, SamplingParams(max_tokens=1, cache_salt=salt), cache_domain=domain)
+        (end,) = core.step()
+        assert end.metrics is not None
+        assert end.metrics.num_cached_tokens == (8 if i == 4 else 0), (domain, salt)
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
+    core = make_core()
+    core.add_request("a", [9, 8], SamplingParams(max_tokens=5, seed=1))
+    fake(core).fail_next = "after"
+    (end,) = core.step()
+    assert end.finish_reason == FinishReason.ERROR
+    assert end.error is not None
+    assert "told to fail" in end.error
+    core.add_request("a", [9, 8], SamplingParams(max_tokens=5, seed=1, ignore_eos=True))
+    assert run_out(core) == {("a", 0): reference_tokens([9, 8], 5, seed=1, alphabet=ALPHABET)}
+    assert core.scheduler.stats.num_free_blocks == 64
+
+
+def test_an_engine_whose_steps_all_fail_is_dead() -> None:
+    core = make_core()
+    for i in range(MAX_FAILED_STEPS):
+        core.add_request(f"r{i}", [9, 8], SamplingParams(max_tokens=5))
+        fake(core).fail_next = "before"
+        if i < MAX_FAILED_STEPS - 1:
+            core.step()
+    with pytest.raises(EngineDeadError, match="InjectedError") as dead:
+        core.step()
+    assert isinstance(dead.value.__cause__, InjectedError)
+
+
+def test_an_interrupt_ends_the_step_but_not_the_engine() -> None:
+    core = make_core()
+    runner = core.runner
+
+    class Interrupted:
+        def execute(self, step: SchedulerOutput) -> ModelOutput:
+            raise KeyboardInterrupt
+
+    core.add_request("a", [9, 8], SamplingParams(max_tokens=5))
+    core.runner = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        core.step()
+    core.runner = runner
+    assert not core.has_unfinished
+    core.add_request("b", [9, 8], SamplingParams(max_tokens=5, seed=1, ignore_eos=True))
+    assert run_out(core)["b", 0] == reference_tokens([9, 8], 5, seed=1, alphabet=ALPHABET)
+
+
+def test_a_neighbour_that_is_not_finite_changes_nobody() -> None:
+    core = make_core()
+    for name in "ab":
+        core.add_request(name, [9, 8, ord(name) % 5], SamplingParams(max_tokens=12, seed=1, ignore_eos=True))
+    core.step()
+    fake(core).nan_rows = {0}
+    (end,) = core.step()
+    assert (end.request_id, end.finish_reason, len(end.new_token_ids)) == ("a", FinishReason.ERROR, 1)
+    expected = reference_tokens([9, 8, ord("b") % 5], 12, seed=1, alphabet=ALPHABET)
+    assert run_out(core)["b", 0] == expected
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_extras_are_complete_whatever_the_schedule(name: str) -> None:
+    def ask(core: EngineCore) -> None:
+        for other in range(4):
+            core.add_request(f"o{other}", [other] * 20, SamplingParams(max_tokens=20, ignore_eos=True, seed=1))
+        params = SamplingParams(
+            max_tokens=30, seed=2, logprobs=0, prompt_logprobs=0, return_hidden_states=[0, 1], ignore_eos=True
+        )
+        core.add_request("a", [9, 8, 7, 6, 5] * 5, params)
+
+    outputs = []
+    for core in (make_core(), make_core(**CONFIGURATIONS[name])):
+        ask(core)
+        while core.has_unfinished:
+            outputs += [output for output in core.step() if output.request_id == "a"]
+    plain, other = outputs
+    assert len(plain.new_logprobs) == 30
+    assert [entry.top_ids for entry in other.prompt_logprobs or []] == [[i] for i in ([9, 8, 7, 6, 5] * 5)[1:]]
+    assert plain.prompt_logprobs == other.prompt_logprobs
+    assert plain.new_logprobs == other.new_logprobs
+    assert plain.hidden_states is not None
+    assert other.hidden_states is not None
+    assert plain.hidden_states.shape == (30, 2, 1)
+    assert (plain.hidden_states == other.hidden_states).all()
