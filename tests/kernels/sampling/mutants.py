@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (one line per bug)
-"""This module holds planted bugs, as replacements of one line, and how to run with one. It knows no check."""
+"""This module holds planted bugs, as replacements in the source, and how to run with one. It knows no check."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class Mutant(NamedTuple):
     old: str
     """Found exactly once in the module's source."""
     new: str
+    also: tuple[tuple[str, str], ...] = ()
+    """More replacements that belong to the bug."""
 
 
 SAMPLE_MUTANTS = [
@@ -64,8 +66,10 @@ SAMPLE_MUTANTS = [
 def planted(module: ModuleType, mutant: Mutant) -> ModuleType:
     """Return a copy of a module with the bug in it."""
     source = inspect.getsource(module)
-    assert source.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} is there {source.count(mutant.old)} times"
+    for old, new in ((mutant.old, mutant.new), *mutant.also):
+        assert source.count(old) == 1, f"{mutant.name}: {old!r} is there {source.count(old)} times"
+        source = source.replace(old, new)
     copy = ModuleType(module.__name__)
     copy.__package__ = module.__package__
-    exec(compile(source.replace(mutant.old, mutant.new), f"<{mutant.name}>", "exec"), copy.__dict__)
+    exec(compile(source, f"<{mutant.name}>", "exec"), copy.__dict__)
     return copy
