@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PretrainedConfig, PreTrainedModel
 
 VOCAB_SIZE = 300
-"""Width of the logits; `write_tokenizer` names 262 ids, so that some logits belong to no token."""
-BOS, EOS, SECOND_EOS, POISON = 256, 257, 258, 259
+"""Width of the logits; `write_tokenizer` names 261 ids, so that some logits belong to no token."""
+BOS, EOS, SECOND_EOS = 256, 257, 258
 """Special tokens of `write_tokenizer`."""
 
-_SPECIAL = ("<bos>", "<eos>", "<end>", "<poison>")
+_SPECIAL = ("<bos>", "<eos>", "<end>")
 _MERGES = (("t", "h"), ("i", "n"))
 
 
@@ -58,7 +58,7 @@ def save_model(folder: Path, model: PreTrainedModel, *, eos: int | list[int] | N
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """Write a byte-level tokenizer.json: ids 0 to 255 are bytes, then four special tokens and two merges."""
+    """Write a byte-level tokenizer.json: ids 0 to 255 are bytes, then three special tokens and two merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     vocab |= {token: len(alphabet) + index for index, token in enumerate(_SPECIAL)}
