@@ -112,6 +112,12 @@ def test_ids_beyond_the_vocabulary_are_refused(ids: list[int], smollm: Tokenizer
         smollm.decode(ids)
 
 
+@pytest.mark.parametrize(("pre", "composes"), [("qwen2", True), ("llama-bpe", False)])
+def test_qwen2_composes_characters(pre: str, composes: bool, smollm_metadata: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm_metadata | {"tokenizer.ggml.pre": pre})
+    assert (tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")) is composes
+
+
 def sentence_piece(text: str, metadata: dict[str, Any]) -> list[int]:
     """SentencePiece BPE by its definition: join the adjacent pair whose piece scores best, leftmost first."""
     tokens = metadata["tokenizer.ggml.tokens"]
