@@ -186,6 +186,23 @@ def poison(op: str, shape: Shape) -> None:
     assert same_bits(out, call(op, batch.lay_out(poison=False))), "the output depends on slots that nobody owns"
 
 
+def sick_neighbour(op: str, shape: Shape) -> None:
+    """A sequence whose own queries, keys and values are NaN or infinite spoils its own rows and no bit of another's."""
+    batch = gaussian(shape)
+    before = call(op, batch.lay_out())
+    for s in range(len(shape.seqs)):
+        own = torch.tensor([row for row, owner, _ in batch.rows if owner == s], dtype=torch.long)
+        kept = torch.ones(len(before), dtype=torch.bool)
+        kept[own] = False
+        for value in (float("nan"), float("inf")):
+            sick = batch.clone()
+            sick.q[own] = value
+            sick.keys[s][:], sick.values[s][:] = value, value
+            after = call(op, sick.lay_out())
+            assert same_bits(after[kept], before[kept]), f"{value} in sequence {s} reached another sequence"
+            assert not after[own].isfinite().any(), f"{value} in sequence {s} did not reach its own rows"
+
+
 def poison_before_window(op: str, shape: Shape) -> None:
     """What lies before every row's window may be gone: NaN there, and the null block in the table, change no bit."""
     assert shape.window is not None
@@ -353,6 +370,7 @@ EXACT: dict[str, Check] = {
         forbidden_foreign,
         counting,
         poison,
+        sick_neighbour,
         deep_negative,
         sink_takes_all,
         soft_cap_saturates,

@@ -61,6 +61,7 @@ BUGS: Final = {
     "draft_mask_next_row": "a row takes the next row's draft mask",
     "lse_base_2": "the lse is given to base 2",
     "padding_written": "rows beyond the last sequence are zeroed",
+    "neighbour_shares_tile": "a row's probabilities are multiplied with another sequence's values, at a weight of zero",
     "empty_row_unwritten": "a row that sees nothing is not written",
 }
 
@@ -119,14 +120,15 @@ def _update(state: _State, scores: Tensor, values: Tensor, visible: Tensor, bug:
     if not visible.any() and bug != "masked_tile_nan":
         return
     scores = scores.masked_fill(~visible, -math.inf)
-    top = max(state.top, float(scores.max()))
+    # Not Python's max, which drops a NaN that comes second.
+    top = float(torch.clamp(scores.max(), min=state.top))
     exp: Callable[[Tensor], Tensor] = torch.exp2 if bug == "exp2_without_log2e" else torch.exp
     p = exp(scores - top)
     if bug != "values_masked_by_product":
         values = torch.where(visible[:, None], values, 0.0)
     if bug == "p_bf16":
         p = p.bfloat16().to(p.dtype)
-    rescale = exp(torch.tensor(state.top - top, dtype=scores.dtype)) if state.top > -math.inf else torch.zeros(())
+    rescale = exp(torch.tensor(state.top - top, dtype=scores.dtype)) if state.top != -math.inf else torch.zeros(())
     if not visible.any():
         rescale = torch.tensor(math.nan)
     state.total = state.total * (1.0 if bug == "l_not_rescaled" else rescale) + p.sum()
@@ -209,7 +211,7 @@ def _row(
         for i in range(split, min(split + SPLIT, len(keys)), TILE):
             tile = slice(i, min(i + TILE, split + SPLIT))
             _update(state, scores[tile], values[tile], visible[tile], bug)
-        if state.top > -math.inf:
+        if state.top != -math.inf:
             states.append(state)
     if not states:
         return torch.zeros_like(q), -math.inf if sink is None else sink
@@ -227,6 +229,7 @@ def attend(bug: str | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, **optio
     starts, sinks = options["cu_seqlens_q"].tolist(), options.get("sinks")
     if bug == "padding_written":
         out[starts[-1] :] = 0
+    spill = torch.zeros(k_cache.shape[3], dtype=dtype)
     for s, seq_len in enumerate(options["seq_lens"].tolist()):
         query_len = starts[s + 1] - starts[s]
         if not query_len:
@@ -247,6 +250,9 @@ def attend(bug: str | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, **optio
                 y, log = _row(call, q[row, h].to(dtype), keys[head], values[head], visible, sink, bug)
                 if log == -math.inf and bug == "empty_row_unwritten":
                     continue
+                if bug == "neighbour_shares_tile":
+                    y = y + 0.0 * spill
                 out[row, h] = (y * 0.998 if bug == "output_998" else y).to(q.dtype)
                 lse[row, h] = log / math.log(2) if bug == "lse_base_2" else log
+        spill = values[-1][:seq_len].sum(0)
     return (out, lse) if options.get("return_lse") else out
