@@ -244,7 +244,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     """Sample nothing else; None: anything."""
     bad_words: Sequence[str] = ()
-    """Words never to generate; become `bad_words_token_ids` by `with_bad_words`."""
+    """Words never to generate, alone or after a space."""
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     """Sequences of token ids never to complete."""
     skip_special_tokens: bool = True
