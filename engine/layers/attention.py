@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from octavo.kernels import paged_attention_decode, paged_attention_prefill, write_kv
@@ -65,7 +65,7 @@ class Attention:
         head_dim: int,
         window: int | None = None,
         cos_sin: torch.Tensor | None = None,
-        rope_style: str = "neox",
+        rope_style: Literal["neox", "interleaved"] = "neox",
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 1e-6,
@@ -77,13 +77,11 @@ class Attention:
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
         self._window = window
-        self._rotation = {
-            "cos_sin": cos_sin,
-            "rope_style": rope_style,
-            "q_norm": q_norm,
-            "k_norm": k_norm,
-            "eps": eps,
-        }
+        self._cos_sin = cos_sin
+        self._rope_style = rope_style
+        self._q_norm = q_norm
+        self._k_norm = k_norm
+        self._eps = eps
 
     def __call__(
         self, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
@@ -100,7 +98,20 @@ class Attention:
         """
         heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
         q, k, v = heads.split((self._num_q_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
-        write_kv(q, k, v, k_cache, v_cache, metadata.slot_mapping, positions=metadata.positions, **self._rotation)
+        write_kv(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            metadata.slot_mapping,
+            positions=metadata.positions,
+            cos_sin=self._cos_sin,
+            rope_style=self._rope_style,
+            q_norm=self._q_norm,
+            k_norm=self._k_norm,
+            eps=self._eps,
+        )
         out = torch.empty((x.shape[0], self._num_q_heads, self._head_dim), dtype=x.dtype, device=x.device)
         split = metadata.num_decode_tokens
         if (part := metadata.decode) is not None:
