@@ -78,10 +78,10 @@ def open_safetensors(folder: Path) -> SafetensorsStore:
         if not shard.endswith(".safetensors"):
             raise CheckpointError(INDEX, f"names {shard[:200]!r}, which is not a .safetensors file")
         for name, entry in read_table(ByteFile(child(folder, shard))).items():
-            if name in entries:
-                raise CheckpointError(shard, f"is also in {entries[name].file.name}", name)
+            # This also refuses a tensor that is in two shards: the index can name only one of them.
             if weight_map.get(name) != shard:
-                raise CheckpointError(shard, f"is not listed for this file in {INDEX}", name)
+                listed = weight_map.get(name, "no file")
+                raise CheckpointError(shard, f"is here; {INDEX} has it in {listed[:200]!r}", name)
             entries[name] = entry
     absent = next((name for name in weight_map if name not in entries), None)
     if absent is not None:

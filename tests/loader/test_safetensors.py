@@ -223,10 +223,12 @@ def test_shards_and_their_index(write_shards: Write, tensors: Tensors, load: Loa
 def test_the_same_tensor_in_two_shards_is_refused(write_shards: Write, tensors: Tensors) -> None:
     one, two = halves(tensors)
     name = next(iter(one))
-    folder = write_shards({"a.safetensors": one, "b.safetensors": two | {name: one[name]}})
-    with pytest.raises(CheckpointError) as caught:
-        resolve_model(str(folder))
-    assert caught.value.tensor == name
+    shards = {"a.safetensors": one, "b.safetensors": two | {name: one[name]}}
+    for listed in shards:
+        weight_map = {key: file for file, part in shards.items() for key in part} | {name: listed}
+        with pytest.raises(CheckpointError, match=f"has it in '{listed}'") as caught:
+            resolve_model(str(write_shards(shards, weight_map)))
+        assert caught.value.tensor == name
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(write_shards: Write, tensors: Tensors) -> None:
@@ -235,9 +237,9 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(write_shards: Write,
     good = {name: file for file, part in shards.items() for name in part}
     name = next(iter(one))
     cases: list[tuple[Mapping[str, Any], str]] = [
-        ({key: file for key, file in good.items() if key != name}, "is not listed"),
+        ({key: file for key, file in good.items() if key != name}, "has it in 'no file'"),
         (good | {"model.extra": "a.safetensors"}, "not there"),
-        (good | {name: "b.safetensors"}, "is not listed"),
+        (good | {name: "b.safetensors"}, "has it in 'b.safetensors'"),
         (good | {"model.extra": "c.safetensors"}, "cannot be opened"),
     ]
     for weight_map, message in cases:
