@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from octavo.kernels import gated_activation, ungated_activation
 
@@ -19,7 +21,7 @@ class MLP:
         kind: "silu", "gelu" or "gelu_tanh".
     """
 
-    def __init__(self, up: Linear, down: Linear, kind: str, *, gated: bool) -> None:
+    def __init__(self, up: Linear, down: Linear, kind: Literal["silu", "gelu", "gelu_tanh"], *, gated: bool) -> None:
         self._up = up
         self._down = down
         self._kind = kind
