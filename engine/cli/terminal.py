@@ -22,14 +22,16 @@ def stderr() -> Console:
 
 
 def show(text: str, style: str | None = None, *, end: str = "\n") -> None:
-    """Print text of a model or a user on stdout at once, as it is but for control characters."""
-    from rich.console import Console
+    """Write text of a model or a user to stdout at once; on a terminal in a style and without control characters."""
+    if sys.stdout.isatty():
+        text = printable(text)
+        if style is not None:
+            from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    if style is None or not console.is_terminal:
-        sys.stdout.write(printable(text) + end)
-    else:
-        console.print(printable(text), style=style, end=end)
+            console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+            console.print(text, style=style, end=end)
+            return
+    sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
