@@ -100,10 +100,12 @@ class SchedulerOutput:
 
 
 class LogprobEntry(NamedTuple):
-    """Log-probabilities at one position, of the model's own distribution (before penalties and temperature)."""
+    """Log-probabilities at one position, of the model's own distribution over the ids that the tokenizer has, before
+    penalties and temperature.
+    """
 
     logprob: float
-    """Of the token that is there."""
+    """Of the token that is there; -inf where it is an id of a prompt that the tokenizer does not have."""
     rank: int
     """How many tokens are at least as likely as it: 1 for the likeliest."""
     top_ids: list[int]

@@ -58,7 +58,7 @@ def save_model(folder: Path, model: PreTrainedModel, *, eos: int | list[int] | N
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """Write a byte-level tokenizer.json: ids 0 to 255 are bytes, then three special tokens and two merges."""
+    """Write a byte-level tokenizer.json: 256 bytes (0 is "!", 64 is "a"), then three special tokens and two merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     vocab |= {token: len(alphabet) + index for index, token in enumerate(_SPECIAL)}
@@ -69,6 +69,24 @@ def write_tokenizer(folder: Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def make_tiny_llama(folder: Path) -> Path:
+    """Write a llama of two layers and 256 positions, with a tokenizer and two end-of-sequence ids."""
+    model = make_model(
+        "Llama",
+        seed=5,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=60,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    return write_tokenizer(save_model(folder, model, eos=[EOS, SECOND_EOS]))
 
 
 def make_prompts(lengths: list[int], seed: int, vocab_size: int = 256) -> list[list[int]]:

@@ -5,6 +5,7 @@ What may never be added here: a loop over all rows of a step, a decision about s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -135,9 +136,18 @@ class ModelRunner:
                 chunk_stop = min(chunk + LOGITS_CHUNK_TOKENS, stop)
                 logits = self.model.logits(hidden[start + chunk - first : start + chunk_stop - first])
                 following = self._batch.token_ids[row, chunk + 1 : chunk_stop + 1].astype(np.int64)
-                top = log_softmax_top(logits, num_top, torch.from_numpy(following).to(logits.device))
-                entries += logprob_entries(top)
+                entries += self._entries(logits, following, num_top)
             yield row, entries
+
+    def _entries(self, logits: torch.Tensor, token_ids: npt.NDArray[np.int64], num_top: int) -> list[LogprobEntry]:
+        """Return what the model thought of given tokens, over the ids that the tokenizer has, as for sampled ones."""
+        logits = logits[:, : self._sampler.num_valid_ids]
+        num_ids = logits.shape[1]
+        known = torch.from_numpy(np.minimum(token_ids, num_ids - 1)).to(logits.device)
+        entries = logprob_entries(log_softmax_top(logits, min(num_top, num_ids), known))
+        for i in np.flatnonzero(token_ids >= num_ids).tolist():
+            entries[i] = entries[i]._replace(logprob=-math.inf, rank=num_ids + 1)
+        return entries
 
     def _hidden_states(
         self,

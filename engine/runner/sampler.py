@@ -126,6 +126,11 @@ class Sampler:
         self._seen_counts = np.empty_like(self._seen_ids)
         self._extras: list[_Extras | None] = [None] * max_num_seqs
 
+    @property
+    def num_valid_ids(self) -> int | None:
+        """Ids from here on do not exist in the tokenizer; None: all exist."""
+        return self._num_valid_ids
+
     def add(
         self,
         row: int,

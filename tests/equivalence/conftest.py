@@ -10,7 +10,7 @@ import pytest
 from octavo.engine.llm import LLM
 from octavo.engine.sampling_params import SamplingParams
 
-from ..checkpoints import EOS, SECOND_EOS, VOCAB_SIZE, make_model, make_prompts, save_model, write_tokenizer
+from ..checkpoints import EOS, make_prompts, make_tiny_llama
 from .runs import Task
 
 MakeLLM = Callable[..., LLM]
@@ -26,20 +26,7 @@ ROOMY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = make_model(
-        "Llama",
-        seed=5,
-        vocab_size=VOCAB_SIZE,
-        hidden_size=60,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    return write_tokenizer(save_model(tmp_path_factory.mktemp("tiny"), model, eos=[EOS, SECOND_EOS]))
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
