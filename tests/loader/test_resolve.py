@@ -91,6 +91,7 @@ def test_dummy_weights(architecture: str, tmp_path: Path, llama_config: dict[str
         assert torch.equal(tensor, again[name])
         assert not torch.equal(tensor, other[name])
         assert tensor.std() > 0
+    assert not torch.equal(one["layers.0.qkv.weight"], one["layers.1.qkv.weight"])
     norm = one["final_norm.weight"]
     assert abs(float(norm.mean()) - 1.0) < 0.1
     normed = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
