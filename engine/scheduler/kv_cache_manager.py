@@ -98,7 +98,7 @@ class KVCacheManager:
                 blocks.append(block)
         ref_counts = self.pool.ref_counts
         num_free_hits = sum(1 for block in blocks if ref_counts[block] == 0)
-        num_needed = self.num_blocks_for(min(num_tokens + 1, request.max_num_tokens))
+        num_needed = self.num_blocks_for(num_tokens + 1)
         return Prefix(blocks, len(blocks) * self.block_size, num_needed - len(blocks) + num_free_hits, next_digest)
 
     @property

@@ -190,10 +190,9 @@ class Scheduler:
         self._drop_released()
         self._inject_preemption()
         blocks = NewBlocks()
-        num_before = len(self._order)
         counts = self._schedule_running(blocks)
         new_sequences: list[NewSequence] = []
-        if self.waiting.head() is not None and len(self._order) == num_before:
+        if self.waiting.head() is not None:
             counts, new_sequences = self._admit(counts, blocks)
         if len(self._order) == 0:
             return None
@@ -293,7 +292,6 @@ class Scheduler:
         if len(order) == 0:
             return self.kv.pool.num_free
         wanted = self.rows.num_tokens[order] + 1
-        np.minimum(wanted, self.rows.max_num_tokens[order], out=wanted)
         wanted -= self.kv.capacity[order]
         wanted += self.kv.block_size - 1
         np.maximum(wanted, 0, out=wanted)
@@ -575,6 +573,8 @@ class Scheduler:
         alive = {id(request) for siblings in self._requests.values() for request in siblings.values()}
         assert alive == {id(request) for request in [*waiting, *running.values()]}, "a request is lost"
         assert self._num_streaming == sum(request.stream for request in running.values()), "streaming rows miscounted"
+        for row, request in self._without_first_token.items():
+            assert running.get(row) is request, f"row {row} waits for the first token of somebody who left"
 
 
 def _new_sequence(request: Request) -> NewSequence:

@@ -172,6 +172,16 @@ def test_an_engine_whose_steps_all_fail_is_dead() -> None:
     assert isinstance(dead.value.__cause__, InjectedError)
 
 
+def test_failures_that_are_not_in_a_row_kill_nobody() -> None:
+    core = make_core()
+    for i in range(2 * MAX_FAILED_STEPS):
+        core.add_request(f"r{i}", [9, 8], SamplingParams(max_tokens=1))
+        if i % MAX_FAILED_STEPS != 0:
+            fake(core).fail_next = "before"
+        core.step()
+    assert not core.has_unfinished
+
+
 def test_an_interrupt_ends_the_step_but_not_the_engine() -> None:
     core = make_core()
     runner = core.runner

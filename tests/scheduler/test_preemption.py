@@ -7,7 +7,7 @@ from octavo.engine.config import FaultConfig
 from octavo.engine.request import RequestStatus
 from octavo.engine.scheduler import Scheduler
 
-from .building import make_request, make_scheduler, step
+from .building import make_request, make_scheduler, output_for, step
 
 
 def names(scheduler: Scheduler) -> list[str]:
@@ -91,6 +91,57 @@ def test_a_request_starts_only_when_its_whole_prompt_would_fit() -> None:
     assert names(scheduler) == ["a"], "b needs seven blocks of five, and c does not overtake it"
     run_out(scheduler)
     assert scheduler.stats.num_preemptions == 0
+
+
+def test_a_prompt_that_stands_still_is_not_taken_for_a_decode() -> None:
+    scheduler = make_scheduler(num_blocks=16, max_num_batched_tokens=16)
+    scheduler.add([make_request("a", 5)])
+    step(scheduler)
+    scheduler.add([make_request("b", 30, max_tokens=2)])
+    step(scheduler)
+    pool = scheduler.kv.pool
+    held = [pool.take() for _ in range(pool.num_free)]
+    for expected in ([1, 1], [1]):
+        work = scheduler.schedule()
+        assert work is not None
+        assert work.num_scheduled_tokens.tolist() == expected
+        scheduler.update(work, output_for(work))
+    pool.release(held)
+    work, _ = step(scheduler)
+    assert work.num_scheduled_tokens.tolist() == [1, 14]
+
+
+def test_blocks_that_a_running_prompt_still_wants_are_not_given_to_a_new_one() -> None:
+    scheduler = make_scheduler(num_blocks=12, max_num_batched_tokens=16)
+    scheduler.add([make_request("a", 33, max_tokens=2)])
+    for _ in range(2):
+        step(scheduler)
+    scheduler.add([make_request("b", 11, max_tokens=2)])
+    work, _ = step(scheduler)
+    assert work.num_scheduled_tokens.tolist() == [1, 11], "a wants one of the four free blocks, b takes three"
+
+    scheduler = make_scheduler(num_blocks=11, max_num_batched_tokens=16)
+    scheduler.add([make_request("a", 33, max_tokens=2)])
+    for _ in range(2):
+        step(scheduler)
+    scheduler.add([make_request("b", 11, max_tokens=2)])
+    step(scheduler)
+    assert names(scheduler) == ["a"]
+    run_out(scheduler)
+    assert scheduler.stats.num_preemptions == 0
+
+
+def test_a_hundredth_of_the_pool_stays_free_beside_others() -> None:
+    scheduler = make_scheduler(num_blocks=200, max_num_batched_tokens=1000, max_model_len=1000)
+    scheduler.add([make_request("a", 3)])
+    step(scheduler)
+    scheduler.add([make_request("b", 4 * 198 - 1, max_tokens=2)])
+    step(scheduler)
+    assert names(scheduler) == ["a"]
+    scheduler.abort("b")
+    scheduler.add([make_request("c", 4 * 196 - 1, max_tokens=2)])
+    step(scheduler)
+    assert names(scheduler) == ["a", "c"]
 
 
 def test_under_fcfs_priority_means_nothing() -> None:

@@ -130,6 +130,18 @@ def test_a_block_that_is_exactly_full_takes_a_new_one_for_the_next_token() -> No
     assert not len(work.block_ids)
 
 
+def test_what_is_lost_first_is_the_end_of_a_prefix() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    scheduler.add([make_request("a", PREFIX, max_tokens=1)])
+    step(scheduler)
+    scheduler.add([make_request("b", 15, max_tokens=1)])
+    step(scheduler)
+    assert scheduler.stats.num_cached_blocks == 4 + 3, "b took the three that were not cached and one of a's"
+    scheduler.add([make_request("c", [*PREFIX, 1])])
+    work, _ = step(scheduler)
+    assert work.num_computed_tokens.tolist() == [16]
+
+
 def test_salts_share_nothing() -> None:
     scheduler = make_scheduler()
     for name, salt in (("a", ""), ("b", "x"), ("c", "x")):

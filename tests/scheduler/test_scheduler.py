@@ -129,6 +129,29 @@ def test_a_stream_says_each_token_once() -> None:
     assert said[2][0].finish_reason == FinishReason.LENGTH
 
 
+def test_log_probabilities_leave_with_their_tokens() -> None:
+    scheduler = make_scheduler()
+    scheduler.add([make_request("a", 4, max_tokens=3, stream=True, params={"logprobs": 0})])
+    for token in (5, 6, 8):
+        entry = LogprobEntry(-float(token), 1, [token], [-float(token)])
+        _, (said,) = step(scheduler, token=token, logprobs={0: entry})
+        assert (said.new_token_ids, said.new_logprobs) == ([token], [entry])
+
+
+def test_a_stop_string_cuts_what_was_not_said_yet() -> None:
+    scheduler = make_scheduler()
+    params = {"logprobs": 0, "return_hidden_states": [0]}
+    scheduler.add([make_request("a", 4, params=params)])
+    entry = LogprobEntry(-1.0, 1, [7], [-1.0])
+    for _ in range(3):
+        step(scheduler, logprobs={0: entry}, hidden_states={0: np.ones((1, 2), dtype=np.float32)})
+    end = scheduler.finish("a", 0, 1)
+    assert end is not None
+    assert (end.new_token_ids, end.new_logprobs) == ([7], [entry])
+    assert end.hidden_states is not None
+    assert end.hidden_states.shape == (1, 1, 2)
+
+
 def test_a_stop_string_cuts_what_was_said_already() -> None:
     scheduler = make_scheduler()
     scheduler.add([make_request("a", 4, stream=True, params={"logprobs": 0})])
@@ -168,7 +191,7 @@ def test_abort_in_the_middle_of_a_chunked_prompt_frees_its_blocks() -> None:
 def test_abort_while_the_step_runs_leaves_the_others_alone() -> None:
     scheduler = make_scheduler()
     for name in "abc":
-        scheduler.add([make_request(name, 6)])
+        scheduler.add([make_request(name, 6, max_tokens=2 if name == "b" else 10)])
     step(scheduler)
     work = scheduler.schedule()
     assert work is not None
@@ -182,7 +205,7 @@ def test_abort_while_the_step_runs_leaves_the_others_alone() -> None:
 
 def test_a_row_that_is_not_finite_ends_alone_and_leaves_nothing_in_the_cache() -> None:
     scheduler = make_scheduler()
-    scheduler.add([make_request("a", 9)])
+    scheduler.add([make_request("a", 9, max_tokens=1)])
     scheduler.add([make_request("b", 9)])
     work = scheduler.schedule()
     assert work is not None
@@ -304,6 +327,31 @@ def test_a_storm_of_cancellations_leaves_no_heap_behind() -> None:
     assert len(scheduler.waiting._heap) <= 32
     work, _ = step(scheduler)
     assert scheduler.rows.request(int(work.rows[0])).request_id == "r999"
+
+
+def test_the_queue_keeps_its_order_when_the_dead_are_swept_out() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    ids = [f"r{i}" for i in range(200)]
+    for request_id in reversed(ids):
+        scheduler.add([make_request(request_id, 4, max_tokens=1)])
+    kept = [request_id for i, request_id in enumerate(ids) if i % 7 == 3]
+    for request_id in ids:
+        if request_id not in kept:
+            scheduler.abort(request_id)
+    ended = [step(scheduler)[1][0].request_id for _ in kept]
+    assert ended == kept[::-1]
+    assert not scheduler.has_unfinished
+
+
+def test_choices_are_served_by_their_index() -> None:
+    scheduler = make_scheduler()
+    template = make_request("a", 3)
+    requests = [make_request("a", 3, index=i) for i in range(3)]
+    for request in requests:
+        request.arrival = template.arrival
+    scheduler.add(requests)
+    step(scheduler)
+    assert [request.index for request in scheduler.running_requests()] == [0, 1, 2]
 
 
 def test_update_must_belong_to_the_step_in_flight() -> None:

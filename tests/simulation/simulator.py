@@ -328,6 +328,8 @@ class Simulation:
         """Let users come and go while the device computes: its output is late for some of them."""
         if self._strikes("late", 0.1):
             self._abort_some("late", self._rngs["late"].randrange(4))
+        if self._strikes("late", 0.1) and self._num_added < self.scenario.num_requests:
+            self._arrive()
 
 
 def run(scenario: Scenario) -> Failure | int:
