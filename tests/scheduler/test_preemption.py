@@ -111,22 +111,14 @@ def test_a_prompt_that_stands_still_is_not_taken_for_a_decode() -> None:
     assert work.num_scheduled_tokens.tolist() == [1, 14]
 
 
-def test_blocks_that_a_running_prompt_still_wants_are_not_given_to_a_new_one() -> None:
-    scheduler = make_scheduler(num_blocks=12, max_num_batched_tokens=16)
-    scheduler.add([make_request("a", 33, max_tokens=2)])
-    for _ in range(2):
-        step(scheduler)
-    scheduler.add([make_request("b", 11, max_tokens=2)])
-    work, _ = step(scheduler)
-    assert work.num_scheduled_tokens.tolist() == [1, 11], "a wants one of the four free blocks, b takes three"
-
-    scheduler = make_scheduler(num_blocks=11, max_num_batched_tokens=16)
-    scheduler.add([make_request("a", 33, max_tokens=2)])
-    for _ in range(2):
-        step(scheduler)
-    scheduler.add([make_request("b", 11, max_tokens=2)])
+@pytest.mark.parametrize(("num_blocks", "starts"), [(8, False), (9, True)])
+def test_the_block_a_row_takes_next_is_not_given_to_a_new_one(num_blocks: int, starts: bool) -> None:
+    scheduler = make_scheduler(num_blocks=num_blocks)
+    scheduler.add([make_request("a", 7)])
     step(scheduler)
-    assert names(scheduler) == ["a"]
+    scheduler.add([make_request("b", 23, max_tokens=1)])
+    step(scheduler)
+    assert ("b" in scheduler._requests) != starts, "a has 8 tokens in 2 blocks and needs a third; b needs six"
     run_out(scheduler)
     assert scheduler.stats.num_preemptions == 0
 

@@ -330,16 +330,16 @@ def test_a_storm_of_cancellations_leaves_no_heap_behind() -> None:
 
 
 def test_the_queue_keeps_its_order_when_the_dead_are_swept_out() -> None:
-    scheduler = make_scheduler(max_num_seqs=1)
-    ids = [f"r{i}" for i in range(200)]
-    for request_id in reversed(ids):
-        scheduler.add([make_request(request_id, 4, max_tokens=1)])
-    kept = [request_id for i, request_id in enumerate(ids) if i % 7 == 3]
-    for request_id in ids:
+    scheduler = make_scheduler(max_num_seqs=1, policy="priority")
+    priorities = {f"r{i}": i * 83 % 200 for i in range(200)}
+    for request_id, priority in priorities.items():
+        scheduler.add([make_request(request_id, 4, max_tokens=1, priority=priority)])
+    kept = [request_id for i, request_id in enumerate(priorities) if i % 4 == 3]
+    for request_id in priorities:
         if request_id not in kept:
             scheduler.abort(request_id)
     ended = [step(scheduler)[1][0].request_id for _ in kept]
-    assert ended == kept[::-1]
+    assert ended == sorted(kept, key=priorities.__getitem__)
     assert not scheduler.has_unfinished
 
 
