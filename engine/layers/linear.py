@@ -10,28 +10,29 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["INVARIANT_ROWS", "Linear"]
+__all__ = ["INVARIANT_ROWS", "Linear", "can_pack"]
 
 INVARIANT_ROWS = 64
 """Rows of every GEMM in invariant mode: a float32 product may round differently when the number of rows changes."""
 
 
-def _can_pack(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a weight can be stored in the blocked layout, which copies it."""
+    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 class Linear:
     """y = x W^T + b.
 
     Args:
-        weight: [out, in], taken over: the caller must not use it afterwards.
+        weight: [out, in]; kept as it is where it is not packed.
         pack: store the weight in the layout that is fastest on this device; False keeps `weight` itself, which
             another module may share.
         invariant: run fixed tiles of `INVARIANT_ROWS` rows, so that a row's bits do not depend on how many there are.
     """
 
     def __init__(self, weight: torch.Tensor, *, pack: bool = True, invariant: bool = False) -> None:
-        self._packed = pack and _can_pack(weight)
+        self._packed = pack and can_pack(weight.device, weight.dtype)
         self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
         self.bias: torch.Tensor | None = None
         """[out]; a checkpoint may hold it anywhere, so it is given when it comes."""

@@ -6,6 +6,7 @@ two adds are fused into the norms that follow them, so `residual` is the hidden 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from octavo.kernels import build_cos_sin
 
 from ..config import ModelConfig, RopeConfig
 from ..layers.attention import Attention, AttentionMetadata
-from ..layers.linear import Linear
+from ..layers.linear import Linear, can_pack
 from ..layers.mlp import MLP
 from ..layers.norm import Norm
 
@@ -74,7 +75,9 @@ class Decoder:
         self._invariant = invariant
         self._tensors: dict[str, torch.Tensor] = {}
         self._projections: dict[str, Linear] = {}
-        load(lambda name, shape: torch.empty(shape, dtype=dtype, device=device), self._take)
+        self._scratch: torch.Tensor | None = None
+        load(self._allocate, self._take)
+        self._scratch = None
         cos_sin = _rotations(config.rope, max_model_len, device) if config.rope is not None else None
         self._layers = [self._layer(index, cos_sin) for index in range(config.num_layers)]
         self._embedding = self._tensors.pop("embedding.weight")
@@ -124,6 +127,17 @@ class Decoder:
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits [n, vocab_size] of normalised hidden states [n, H]."""
         return self._head(hidden_states)
+
+    def _allocate(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if not (self._pack_weights and _PROJECTION.search(name) and can_pack(self.device, self.dtype)):
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        # A projection that is repacked needs its plain form for a moment only. Giving each a tensor of its own left
+        # freed memory between the packed ones: 1.3 to 1.4 times the weights at the peak, against 1.2 with one scratch.
+        size = math.prod(shape)
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = None
+            self._scratch = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._scratch[:size].view(shape)
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         if _PROJECTION.search(name):
