@@ -24,8 +24,8 @@ RATE_WINDOW_S = 5.0
 class Speed:
     """Measures tokens per second from the engine's own counts, step by step.
 
-    Steps that run prompts count for prefill, the others for decode: then a rate is what the machine does at that work,
-    however the two alternate.
+    A step that runs prompts and generates tokens too is shared out between prefill and decode by their tokens, so that
+    the two times add up to the whole.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -33,17 +33,17 @@ class Speed:
         self._stats = self._start = llm.stats
         self._time_s = self._start_s = time.monotonic()
         self._prefill_s = self._decode_s = 0.0
-        self._decode_tokens = 0
         self._recent: deque[tuple[float, int, int]] = deque([(self._time_s, 0, 0)])
 
     def step(self) -> None:
         """Note that a step has ended."""
         stats, now = self._llm.stats, time.monotonic()
-        if stats.num_prefill_tokens > self._stats.num_prefill_tokens:
-            self._prefill_s += now - self._time_s
-        else:
-            self._decode_s += now - self._time_s
-            self._decode_tokens += stats.num_output_tokens - self._stats.num_output_tokens
+        num_prefill = stats.num_prefill_tokens - self._stats.num_prefill_tokens
+        num_output = stats.num_output_tokens - self._stats.num_output_tokens
+        if num_prefill + num_output:
+            part = num_prefill / (num_prefill + num_output)
+            self._prefill_s += part * (now - self._time_s)
+            self._decode_s += (1 - part) * (now - self._time_s)
         self._stats, self._time_s = stats, now
         self._recent.append((now, self.num_prefill_tokens, self.num_output_tokens))
         while len(self._recent) > 2 and now - self._recent[1][0] > RATE_WINDOW_S:
@@ -78,7 +78,7 @@ class Speed:
         if self._prefill_s:
             parts.append(f"prefill {self.num_prefill_tokens / self._prefill_s:,.0f} tokens/s")
         if self._decode_s:
-            parts.append(f"decode {self._decode_tokens / self._decode_s:,.0f} tokens/s")
+            parts.append(f"decode {self.num_output_tokens / self._decode_s:,.0f} tokens/s")
         return " · ".join(parts)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -102,7 +102,11 @@ class Requests:
             ConfigError: the file holds no request, or looks like no JSONL at all.
         """
         requests = iter(self)
-        start = list(islice(requests, MAX_BAD_HEAD))
+        start: list[BatchRequest | BadRequest] = []
+        for request in requests:
+            start.append(request)
+            if isinstance(request, BatchRequest) or len(start) == MAX_BAD_HEAD:
+                break
         if not start:
             raise ConfigError(f"{file} holds no request; write one per line")
         if all(isinstance(each, BadRequest) for each in start):

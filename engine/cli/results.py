@@ -137,9 +137,8 @@ class ResultFile:
                     return
                 try:
                     record = parse_json(line.decode())
-                    if not ("error" in record or isinstance(record["digest"], str)) or "id" not in record:
-                        raise ValueError("it has no digest")
-                except (ValueError, TypeError, KeyError) as error:
+                    _check(record)
+                except ValueError as error:
                     raise ConfigError(
                         f"--output {self.path}: line {number} is not of octavo ({error}); name another file, or start "
                         "afresh with --overwrite"
@@ -178,3 +177,10 @@ class ResultFile:
         fresh.replace(self.path)
         self._file.close()
         self._file = self.path.open("ab")
+
+
+def _check(record: Any) -> None:
+    if not isinstance(record, dict) or "id" not in record or not isinstance(record["id"], int | str | None):
+        raise ValueError("it is no answer")
+    if "error" not in record and not isinstance(record.get("digest"), str):
+        raise ValueError("it has no digest")

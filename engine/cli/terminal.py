@@ -15,10 +15,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def stderr() -> Console:
-    """Return a console on stderr, which all but answers goes to."""
+    """Return a console on stderr, which all but answers goes to; only a terminal's lines are wrapped."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 def show(text: str, style: str | None = None, *, end: str = "\n") -> None:

@@ -285,13 +285,23 @@ def test_failed_requests_are_run_again(generate: Run, write_jsonl: Write, tmp_pa
     assert all("outputs" in each for each in records(out))
 
 
-@pytest.mark.parametrize("content", [b'{"my": "data"}\n', b"precious notes\n"])
+@pytest.mark.parametrize(
+    "content", [b'{"my": "data"}\n', b"precious notes\n", b'"error"\n', b'{"id": [], "digest": "x"}\n']
+)
 def test_a_file_of_someone_else_is_left_alone(generate: Run, ten: Path, tmp_path: Path, content: bytes) -> None:
     out = tmp_path / "notes.jsonl"
     out.write_bytes(content)
     ran = generate("--input", ten, "--output", out)
     assert ran.status == 2
     assert "start afresh with --overwrite" in ran.err
+    assert out.read_bytes() == content
+    # Even where the settings are an earlier run's.
+    out.unlink()
+    generate("--input", ten, "--output", out)
+    out.write_bytes(content)
+    ran = generate("--input", ten, "--output", out)
+    assert ran.status == 2
+    assert "line 1 is not of octavo" in ran.err
     assert out.read_bytes() == content
 
 
