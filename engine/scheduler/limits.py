@@ -78,4 +78,4 @@ class SchedulerStats:
     num_prefill_tokens: int
     """Run so far, by rows that ran more than one in their step."""
     num_output_tokens: int
-    """Sampled so far."""
+    """Sampled so far, by sequences that were still there and did not fail."""

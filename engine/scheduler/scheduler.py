@@ -418,7 +418,6 @@ class Scheduler:
         said = self._end_failed(flight, output)
         tokens, ends = output.token_ids, work.num_computed_tokens + work.num_scheduled_tokens
         all_sampled = len(work.sampled) == len(index)
-        self._num_output_tokens += len(work.sampled)
         if work.num_tokens > len(index):
             counts = work.num_scheduled_tokens
             self._num_prefill_tokens += int(counts[counts > 1].sum())
@@ -436,6 +435,7 @@ class Scheduler:
             row = int(index[i])
             self.kv.cache_full_blocks(row, table.request(row), table.token_ids[row], int(ends[i]))
         speaks = table.append(sampled_rows, tokens)
+        self._num_output_tokens += len(sampled_rows)
         if output.logprobs or output.prompt_logprobs or output.hidden_states:
             keep_extras(table, flight.rows, work, output)
         if self._without_first_token:

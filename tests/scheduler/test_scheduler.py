@@ -297,6 +297,14 @@ def test_prompt_logprobs_are_joined_over_chunks_and_never_doubled_by_preemption(
     assert work.num_computed_tokens.tolist() == [20], "nothing is owed any more: its own blocks are found"
 
 
+def test_tokens_are_counted_by_what_they_were_for() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    scheduler.add([make_request("a", 20, max_tokens=3)])
+    while scheduler.has_unfinished:
+        step(scheduler)
+    assert (scheduler.stats.num_prefill_tokens, scheduler.stats.num_output_tokens) == (20, 3)
+
+
 def test_times_are_read_from_the_injected_clock() -> None:
     scheduler = make_scheduler()
     clock = scheduler._clock

@@ -172,6 +172,8 @@ class Simulation:
         self.scheduler.check_integrity()
         stats = self.scheduler.stats
         check("I3", stats.num_free_blocks == self.limits.num_blocks, f"{stats} after the drain")
+        heard = sum(len(sequence.tokens) for sequence in self.sequences.values())
+        check("I11", stats.num_output_tokens == heard, f"{stats.num_output_tokens} tokens counted, {heard} heard")
         check("I11", not self.alive, f"{sorted(self.alive)} never ended")
         check("I11", stats.num_running == stats.num_waiting == 0, f"{stats} after the drain")
         check("I8", not self.scheduler.kv.has_pending, "blocks are announced after the drain")
