@@ -209,7 +209,7 @@ class EngineConfig:
     model: str = "smollm2-135m"
     """A bundled name, a folder, a .gguf file or a hub id."""
     tokenizer: str | None = None
-    """A folder or hub id to take the tokenizer from, if not the model's own."""
+    """A folder to take the tokenizer from, if not the model's own."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the model's shape, nothing read but its config."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
