@@ -299,9 +299,10 @@ class SamplingParams:
     def replace(self, **changes: Any) -> SamplingParams:
         """Return a copy with some fields changed; the changed ones count as given, the others as before."""
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        for name in _DEFAULTS.keys() - self.given:
-            del kept[name]
-        return SamplingParams(**{**kept, **changes})
+        changed = SamplingParams(**{**kept, **changes})
+        # What a generation_config has filled in stays, and stays filled in.
+        object.__setattr__(changed, "given", self.given | (changes.keys() & _DEFAULTS.keys()))
+        return changed
 
     def with_defaults(self, defaults: GenerationConfig | None) -> SamplingParams:
         """Return a copy in which fields the caller did not give have the checkpoint's defaults, where it has any."""
