@@ -63,7 +63,8 @@ def test_the_system_message(chat: Chat, asked: list[list[dict[str, str]]]) -> No
 
 def test_params_are_set_shown_and_taken_back(chat: Chat) -> None:
     ran = chat(
-        "/params\n/params temperature=0.5\n/params temperature=\n/params heat=1\n/params top_k\n/params top_p=7\n"
+        "/params\n/params temperature=0.5\n/params temperature=\n/params heat=1\n"
+        "/params top_k\n/params top_p=7\n/params hot=\n"
     )
     shown = ran.err.splitlines()
     assert shown[0].startswith("temperature=0.0  top_p=1.0")
@@ -72,7 +73,8 @@ def test_params_are_set_shown_and_taken_back(chat: Chat) -> None:
     assert "unknown parameter 'heat'" in shown[3]
     assert "write /params temperature=0.7" in shown[4]
     assert "top_p is 7" in shown[5]
-    assert len(shown) == 6
+    assert "unknown parameter 'hot'" in shown[6]
+    assert len(shown) == 7
 
 
 def test_params_change_the_answer(chat: Chat) -> None:
@@ -90,11 +92,11 @@ def test_help_and_unknown_commands(chat: Chat) -> None:
 
 
 def test_a_full_context_names_the_way_out(chat: Chat, asked: list[list[dict[str, str]]]) -> None:
-    ran = chat(f"short\n{'long ' * 30}\n/reset\nshort\n", "--max-tokens", "20")
+    ran = chat(f"short\n{'long ' * 30}\nand\n/reset\nshort\n", "--max-tokens", "6")
     assert ran.status == 1
     assert "/reset forgets it" in ran.err
     assert "allowed: 1 to 127" in ran.err
-    assert [roles(messages) for messages in asked] == ["u", "u a u", "u"]
+    assert [roles(messages) for messages in asked] == ["u", "u a u", "u a u", "u"]
 
 
 def test_an_answer_cut_by_the_context_says_so(chat: Chat) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 from octavo.engine.cli import requests as requests_module
+from octavo.engine.cli.batch import run_batch
+from octavo.engine.cli.requests import Requests
+from octavo.engine.cli.results import ResultFile
+from octavo.engine.errors import ConfigError, EngineDeadError
 from octavo.engine.llm import LLM
 
 from .conftest import Run
@@ -140,6 +144,7 @@ def test_a_line_that_is_no_text_or_too_long(generate: Run, tmp_path: Path, monke
         (("A", "--dtype", "int3"), "dtype is 'int3'; allowed: auto, float32"),
         (("A", "--output", "no/such/folder/out.jsonl"), "there is no folder"),
         (("A", "--max-model-len", "100000"), "max_model_len is 100000; allowed: at most the model's 128"),
+        (("A", "--output", "out.jsonl", "--max-model-len", "1000"), "at most the model's 128"),
         (("A", "--kv-cache-tokens", "100000000000"), "try --kv-cache-tokens"),
     ],
 )
@@ -165,8 +170,6 @@ def test_a_file_that_is_no_jsonl_at_all_is_refused_whole(generate: Run, write_js
 
 
 def test_debug_shows_where_an_error_came_from(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from octavo.engine.errors import ConfigError
-
     monkeypatch.setenv("OCTAVO_DEBUG", "1")
     with pytest.raises(ConfigError, match="block_size"):
         generate("A", "--block-size", "0")
@@ -306,8 +309,6 @@ def test_a_file_of_someone_else_is_left_alone(generate: Run, ten: Path, tmp_path
 
 
 def test_two_runs_do_not_write_to_one_file(generate: Run, ten: Path, tmp_path: Path) -> None:
-    from octavo.engine.cli.results import ResultFile
-
     other = ResultFile(tmp_path / "out.jsonl", {}, overwrite=False)
     try:
         ran = generate("--input", ten, "--output", tmp_path / "out.jsonl")
@@ -362,23 +363,37 @@ def test_ctrl_c_keeps_what_is_finished(
 
 
 def test_a_dead_engine_keeps_what_is_finished(
-    generate: Run, ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generate: Run, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from octavo.engine.errors import EngineDeadError
-
     step, num_steps = LLM.step, iter(range(1000))
 
     def dying(llm: LLM) -> Any:
-        if next(num_steps) == 15:
+        if next(num_steps) == 12:
             raise EngineDeadError("3 steps failed in a row")
         return step(llm)
 
     monkeypatch.setattr(LLM, "step", dying)
+    lengths = [3, 60, 3, 3, 60, 3]
+    file = write_jsonl([{"id": n, "prompt": "x", "max_tokens": m, "ignore_eos": True} for n, m in enumerate(lengths)])
     out = tmp_path / "out.jsonl"
-    ran = generate("--input", ten, "--output", out)
+    ran = generate("--input", file, "--output", out)
     assert ran.status == 1
     assert "3 steps failed in a row" in ran.err
-    assert 2 <= len(records(out)) < 10
+    assert [each["id"] for each in records(out)] == [0, 2, 3]
+
+
+def test_a_batch_that_is_stopped_leaves_nothing_running(model_folder: Path) -> None:
+    llm = LLM(str(model_folder), load_format="dummy", kv_cache_tokens=1024)
+    prompts = Requests([b"A", b"B"], "argument", sampling={"ignore_eos": True}, chat=False, seed=0)
+    num_steps = iter(range(10))
+    assert list(run_batch(llm, prompts, window=8, should_stop=lambda: next(num_steps) == 3)) == []
+    assert llm.stats.num_steps == 3
+    assert (llm.stats.num_running, llm.stats.num_waiting) == (0, 0)
+
+
+def test_an_id_that_cannot_be_encoded_comes_back(generate: Run, write_jsonl: Write) -> None:
+    ran = generate("--input", write_jsonl([{"id": "\ud800", "prompt": "A"}]))
+    assert ran.records[0]["id"] == "\ud800"
 
 
 def test_memory_is_bounded_by_the_window(generate: Run, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
