@@ -28,20 +28,15 @@ def start_llm(config: EngineConfig, *, quiet: bool) -> LLM:
     """
     start = time.monotonic()
     console = stderr()
-    if quiet:
+    if console.is_terminal and not quiet:
+        llm = _start_with_bar(config, console)
+    else:
         from ..llm import LLM
 
-        return LLM(config=config)
-    llm = _start_with_bar(config, console) if console.is_terminal else _start_plainly(config)
-    for line, style in _lines(llm.engine, time.monotonic() - start):
+        llm = LLM(config=config)
+    for line, style in [] if quiet else _lines(llm.engine, time.monotonic() - start):
         console.print(printable(line), style=style)
     return llm
-
-
-def _start_plainly(config: EngineConfig) -> LLM:
-    from ..llm import LLM
-
-    return LLM(config=config)
 
 
 def _start_with_bar(config: EngineConfig, console: Console) -> LLM:
