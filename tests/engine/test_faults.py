@@ -32,7 +32,8 @@ def golden(make_llm: Callable[..., LLM]) -> CompletionOutput:
 @pytest.fixture
 def llm(make_llm: Callable[..., LLM], golden: CompletionOutput) -> Iterator[LLM]:
     """An engine that must sing like a fresh one after the test."""
-    engine = make_llm()
+    # Chunks shorter than the canary: a fault may come when a part of a prompt is cached already.
+    engine = make_llm(max_num_batched_tokens=16)
     yield engine
     scheduler = engine.engine.core.scheduler
     for _ in range(2):  # computed, then from the prefix cache
@@ -112,7 +113,7 @@ def test_nan_in_the_middle_of_an_output(llm: LLM, golden: CompletionOutput) -> N
 
 
 def test_a_passing_nan_leaves_nothing_in_the_prefix_cache(llm: LLM) -> None:
-    """A fault in the first layers writes NaN keys into full blocks of the prompt."""
+    """The first chunk is cached before the last one has logits that show what is wrong with it."""
     embedding = llm.engine.core.runner.model._embedding  # type: ignore[attr-defined]
     kept = embedding[CANARY[3]].clone()
     embedding[CANARY[3]] = float("nan")
@@ -143,13 +144,14 @@ class Failing:
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize("step", [0, 2, 3, 7])
 def test_a_step_that_raises_ends_its_requests_only(step: int, after: bool, llm: LLM, golden: CompletionOutput) -> None:
     Failing(llm, RuntimeError("device lost its way"), range(step, step + 1), after=after)
     failed = ask(llm)
     assert failed.finish_reason is FinishReason.ERROR
     assert "device lost its way" in (failed.error or "")
-    assert failed.token_ids == golden.token_ids[:step]
+    # Three chunks read the canary, and the third has the first token.
+    assert failed.token_ids == golden.token_ids[: max(0, step - 2)]
 
 
 def test_steps_that_keep_raising_end_the_engine(make_llm: Callable[..., LLM]) -> None:

@@ -17,6 +17,8 @@ from ..checkpoints import EOS, SECOND_EOS, make_prompts
 from .conftest import MakeLLM
 from .runs import assert_idle, bits
 
+LETTERS = list(range(64, 90))
+"""Ids of the bytes a to z."""
 NUM_IDS = 261
 """Of the tokenizer; the logits are wider."""
 
@@ -45,13 +47,17 @@ def test_every_eos_id_ends_a_sequence(eos: int, other: int, llm: LLM) -> None:
     assert_idle(llm)
 
 
-def test_a_stop_token_of_the_request_ends_it(llm: LLM) -> None:
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_of_the_request_ends_it(include: bool, llm: LLM) -> None:
     (prompt,) = make_prompts([12], seed=2)
-    (free,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=20))[0].outputs
+    params = SamplingParams(temperature=1, seed=1, max_tokens=20, allowed_token_ids=LETTERS)
+    (free,) = llm.generate(prompt, params)[0].outputs
     stop = free.token_ids[7]
-    params = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[stop])
+    at = free.token_ids.index(stop)
+    params = params.replace(stop_token_ids=[stop], include_stop_str_in_output=include)
     (choice,) = llm.generate(prompt, params)[0].outputs
-    assert choice.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    assert choice.token_ids == free.token_ids[: at + 1]
+    assert choice.text == free.text[: at + include]
     assert (choice.finish_reason, choice.stop_reason) == (FinishReason.STOP, stop)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from octavo.engine.llm import LLM, GenerationProgress
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import FinishReason, RequestOutput
@@ -101,6 +102,21 @@ def test_negative_control_split_size(
     assert all_bits(found) != all_bits(expected[True])
     with pytest.raises(AssertionError, match="step"):
         assert_same(found, expected[True], bitwise=True)
+
+
+def test_plain_products_depend_on_their_rows_outside_invariant_mode(
+    make_llm: MakeLLM, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repacked weights of this small model give the same bits for any number of rows; plain ones, as of a tied head or
+    a machine without oneDNN, do not, and it is the mode that makes them.
+    """
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    alone = run_alone(make_llm(invariant=True, prefix_caching=False), tasks)
+    for settings in ({}, {"max_num_batched_tokens": 16}, {"preempt_every": 3, "miss_prefix_cache": True}):
+        assert_same(run(make_llm(invariant=True, **settings), tasks), alone, bitwise=True)
+    default = run(make_llm(), tasks)
+    assert_same(default, alone, bitwise=False)
+    assert all_bits(default) != all_bits(run_alone(make_llm(prefix_caching=False), tasks))
 
 
 def test_negative_control_wrong_token(expected: Answers, make_llm: MakeLLM, tasks: list[Task]) -> None:
