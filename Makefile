@@ -20,7 +20,7 @@ help: ## list the targets
 
 # Beginnings, not questions: the model ends its turn at once after a question without a chat template.
 demo: $(stamp) ## generate text for four prompts in one batch
-	@$(bin)/octavo generate --model smollm2-135m --temperature 0 --max-tokens 48 \
+	@$(bin)/octavo generate --model smollm2-135m --temperature 0 --max-tokens 48 --text \
 	  "A large language model is" \
 	  "The sky is blue because" \
 	  "The three primary colors are" \

@@ -53,12 +53,16 @@ def generate(
         bool,
         typer.Option("--chat/--no-chat", help="Prompts are a user's messages, to be answered.", show_default=False),
     ] = False,
+    text: Annotated[
+        bool | None,
+        typer.Option("--text/--jsonl", help="How to print answers; not given: as text on a terminal, else as JSONL."),
+    ] = None,
     *,
     options: Options,
 ) -> int:
     """Generate text for prompts, all in one batch.
 
-    Answers come in the order of the prompts: as text on a terminal, else as JSONL.
+    Answers come in the order of the prompts.
     """
     with ExitStack() as stack:
         requests, total = _requests(stack, prompts or [], input, options, chat)
@@ -79,7 +83,8 @@ def generate(
         llm = start_llm(options.config, quiet=options.quiet)
         if results is not None:
             results.begin(_found_settings(llm))
-        return _run(llm, requests, todo, results, total, quiet=options.quiet)
+        as_text = results is None and (sys.stdout.isatty() if text is None else text)
+        return _run(llm, requests, todo, results, total, as_text=as_text, quiet=options.quiet)
 
 
 def _requests(
@@ -150,10 +155,11 @@ def _run(
     results: ResultFile | None,
     total: int | None,
     *,
+    as_text: bool,
     quiet: bool,
 ) -> int:
     speed = Speed(llm)
-    pretty = PrettyAnswers() if results is None and sys.stdout.isatty() else None
+    pretty = PrettyAnswers() if as_text else None
     num_before = len(results.finished) if results is not None else 0
     bar = GenerationBar(speed, total, num_over=num_before, quiet=quiet or pretty is not None)
     errors: list[str] = []
