@@ -42,6 +42,7 @@ def tasks() -> list[Task]:
     shared = [long[:64] + tail, long[:48] + tail, long]
     greedy = {"temperature": 0, "max_tokens": 14, "logprobs": 3}
     drawn = greedy | {"temperature": 1.0, "seed": 123}
+    few = greedy | {"allowed_token_ids": list(range(40, 48))}
     kinds: list[tuple[list[int], dict[str, Any]]] = [
         *((prompt, greedy) for prompt in shared),
         (long, greedy),
@@ -53,14 +54,15 @@ def tasks() -> list[Task]:
         (tail, drawn),
         (long[:64] + short, drawn | {"n": 3}),
         (short, drawn | {"n": 2, "top_k": 20, "top_p": 0.8, "min_p": 0.01}),
-        (tail, greedy | {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7}),
-        (shared[0], drawn | {"frequency_penalty": 2.0, "repetition_penalty": 0.8}),
         (short, greedy | {"min_tokens": 10, "stop_token_ids": list(range(100)), "max_tokens": 20}),
         (short, drawn | {"logit_bias": {EOS: 5.0, 17: 8.0, 200: -100.0}}),
         (tail, drawn | {"allowed_token_ids": list(range(40, 90))}),
         (tail, drawn | {"bad_words_token_ids": [[3], [40, 41], list(range(60, 64))], "temperature": 1.5}),
         (one, drawn | {"stop": ["e", "th", "\n"], "max_tokens": 40, "temperature": 1.3}),
         (exact, drawn | {"ignore_eos": True, "logit_bias": {EOS: 6.0}}),
+        # The youngest are preempted most, and these have the most to remember: few tokens, so that all come again.
+        (tail, few | {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7}),
+        (shared[0], few | {"frequency_penalty": 2.0, "repetition_penalty": 0.8, "temperature": 1.0, "seed": 9}),
     ]
     # Priorities count only where the policy says so.
     return [Task(prompt, SamplingParams(priority=i % 3, **settings)) for i, (prompt, settings) in enumerate(kinds)]
