@@ -92,12 +92,14 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     if max_num_batched_tokens is None:
         max_num_batched_tokens = CPU_BATCHED_TOKENS if hardware.device == "cpu" else GPU_BATCHED_TOKENS
         choices.append(
-            Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", f"default on a {hardware.device}")
+            Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", f"default on a {hardware.device.upper()}")
         )
     max_num_seqs = config.scheduler.max_num_seqs
     if max_num_seqs > max_num_batched_tokens:
         max_num_seqs = max_num_batched_tokens
-        choices.append(Choice("max_num_seqs", f"{max_num_seqs:,}", "every running sequence gets a token in every step"))
+        choices.append(
+            Choice("max_num_seqs", f"{max_num_seqs:,}", "lowered to the budget: a token for each in every step")
+        )
 
     if hardware.device == "cpu" and max_num_seqs == 1:
         choices.append(Choice("weight layout", "plain", "a single sequence decodes one row at a time"))
@@ -180,4 +182,4 @@ def _num_blocks(
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**30:,.2f} GiB"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .config import EngineConfig, GenerationConfig, ModelConfig
 from .core import EngineCore
@@ -16,6 +16,9 @@ from .hardware import detect
 from .resolve import ResolvedConfig, resolve
 from .scheduler import Scheduler, SchedulerLimits
 from .text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .loader import Checkpoint
 
 __all__ = ["Engine", "StartupPhase", "start_engine"]
 
@@ -97,15 +100,13 @@ def start_engine(
         hardware = detect(config.device)
         resolved = resolve(config, model_config, hardware, num_parameters=checkpoint.num_bytes(torch.int8))
         dtype, device = getattr(torch, resolved.dtype), torch.device(resolved.device)
-        kernels.use_backend(resolved.backend)
+        try:
+            kernels.use_backend(resolved.backend)
+        except kernels.BackendError as error:
+            raise ConfigError(str(error)) from error
         phase.detail = f"{model_config.family}, {checkpoint.num_bytes(torch.int8) / 1e6:,.0f} M parameters"
     with phase("build the tokenizer"):
-        tokenizer = _tokenizer(config, checkpoint.tokenizer_folder, checkpoint.tokenizer_metadata)
-        if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model's logits are "
-                f"{model_config.vocab_size} wide; allowed: a tokenizer that fits the model"
-            )
+        tokenizer = _tokenizer(config, checkpoint)
         phase.detail = f"{tokenizer.vocab_size:,} ids" if tokenizer is not None else "none: token ids only"
     with phase("load the weights"):
         model = Decoder(
@@ -124,14 +125,13 @@ def start_engine(
         )
         tokens = resolved.num_blocks * resolved.block_size
         phase.detail = f"{tokens:,} tokens in blocks of {resolved.block_size}"
-    num_valid_ids = tokenizer.vocab_size if tokenizer is not None else model_config.vocab_size
     runner = ModelRunner(
         model,
         cache,
         Sampler(
             resolved.max_num_seqs,
             model_config.vocab_size,
-            num_valid_ids=num_valid_ids,
+            num_valid_ids=None if tokenizer is None else tokenizer.vocab_size,
             device=device,
         ),
         max_num_seqs=resolved.max_num_seqs,
@@ -139,22 +139,7 @@ def start_engine(
         block_size=resolved.block_size,
         invariant=resolved.invariant,
     )
-    eos = checkpoint.generation_config.eos_token_ids
-    if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
-        eos = (tokenizer.eos_token_id,)
-    limits = SchedulerLimits(
-        vocab_size=model_config.vocab_size,
-        max_model_len=resolved.max_model_len,
-        max_num_seqs=resolved.max_num_seqs,
-        max_num_batched_tokens=resolved.max_num_batched_tokens,
-        num_blocks=resolved.num_blocks,
-        block_size=resolved.block_size,
-        eos_token_ids=frozenset(eos),
-        model_id=checkpoint.fingerprint,
-        prefix_caching=config.cache.prefix_caching,
-        policy=config.scheduler.policy,
-        faults=config.faults,
-    )
+    limits = _limits(config, resolved, checkpoint, tokenizer)
     return Engine(
         core=EngineCore(Scheduler(limits, time.monotonic), runner, seed=config.seed),
         tokenizer=tokenizer,
@@ -167,12 +152,45 @@ def start_engine(
     )
 
 
-def _tokenizer(config: EngineConfig, folder: Path | None, metadata: Mapping[str, Any] | None) -> Tokenizer | None:
+def _tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
+    """Return the model's tokenizer, or the one that was asked for; None where there is none."""
     if config.tokenizer is not None:
-        path = Path(config.tokenizer)
-        if not path.is_dir():
+        folder: Path | None = Path(config.tokenizer)
+        if folder is not None and not folder.is_dir():
             raise ConfigError(f"tokenizer is {config.tokenizer!r}; allowed: a folder with a tokenizer.json")
-        return Tokenizer.from_folder(path)
+    else:
+        folder = checkpoint.tokenizer_folder
     if folder is not None:
-        return Tokenizer.from_folder(folder)
-    return Tokenizer.from_gguf(metadata, file=config.model) if metadata is not None else None
+        tokenizer = Tokenizer.from_folder(folder)
+    elif checkpoint.tokenizer_metadata is not None:
+        tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata, file=config.model)
+    else:
+        return None
+    width = checkpoint.model_config.vocab_size
+    if tokenizer.vocab_size > width:
+        raise ConfigError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model's logits are {width} wide; "
+            "allowed: a tokenizer that fits the model"
+        )
+    return tokenizer
+
+
+def _limits(
+    config: EngineConfig, resolved: ResolvedConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None
+) -> SchedulerLimits:
+    eos = checkpoint.generation_config.eos_token_ids
+    if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
+        eos = (tokenizer.eos_token_id,)
+    return SchedulerLimits(
+        vocab_size=checkpoint.model_config.vocab_size,
+        max_model_len=resolved.max_model_len,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        num_blocks=resolved.num_blocks,
+        block_size=resolved.block_size,
+        eos_token_ids=frozenset(eos),
+        model_id=checkpoint.fingerprint,
+        prefix_caching=config.cache.prefix_caching,
+        policy=config.scheduler.policy,
+        faults=config.faults,
+    )
