@@ -13,7 +13,7 @@ from .dispatch import BackendError, available_backends, current_backend, use_bac
 if TYPE_CHECKING:
     from .activation import gated_activation, ungated_activation
     from .attention import paged_attention_decode, paged_attention_prefill, plan_paged_attention
-    from .kv_cache import copy_blocks, write_kv
+    from .kv_cache import copy_blocks, plan_write_kv, write_kv
     from .norm import layer_norm, rms_norm
     from .rope import build_cos_sin
     from .sampling import log_softmax_top, sample
@@ -30,6 +30,7 @@ __all__ = [
     "paged_attention_decode",
     "paged_attention_prefill",
     "plan_paged_attention",
+    "plan_write_kv",
     "rms_norm",
     "sample",
     "ungated_activation",
@@ -40,7 +41,7 @@ __all__ = [
 _FAMILIES = {
     "activation": ("gated_activation", "ungated_activation"),
     "attention": ("paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"),
-    "kv_cache": ("copy_blocks", "write_kv"),
+    "kv_cache": ("copy_blocks", "plan_write_kv", "write_kv"),
     "norm": ("layer_norm", "rms_norm"),
     "rope": ("build_cos_sin",),
     "sampling": ("log_softmax_top", "sample"),

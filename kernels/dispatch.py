@@ -37,6 +37,7 @@ OPS: Final[dict[str, dict[Backend, str]]] = {
     "paged_attention_decode": {"torch": ".attention.reference"},
     "plan_paged_attention": {"torch": ".attention.gather"},
     "write_kv": {"torch": ".kv_cache.reference"},
+    "plan_write_kv": {"torch": ".kv_cache.reference"},
     "copy_blocks": {"torch": ".kv_cache.reference"},
     "rms_norm": {"torch": ".norm.reference"},
     "layer_norm": {"torch": ".norm.reference"},

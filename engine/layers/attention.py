@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from octavo.kernels import paged_attention_decode, paged_attention_prefill, write_kv
+from octavo.kernels import paged_attention_decode, paged_attention_prefill, plan_write_kv, write_kv
 
 from .linear import Linear
 
@@ -83,8 +83,25 @@ class Attention:
         self._k_norm = k_norm
         self._eps = eps
 
+    def plan_write(self, metadata: AttentionMetadata, block_size: int, dtype: torch.dtype) -> Any:
+        """Prepare the cache writes of a step; the plan serves every layer with the same rotation."""
+        return plan_write_kv(
+            metadata.slot_mapping,
+            positions=metadata.positions,
+            cos_sin=self._cos_sin,
+            rope_style=self._rope_style,
+            block_size=block_size,
+            num_kv_heads=self._num_kv_heads,
+            dtype=dtype,
+        )
+
     def __call__(
-        self, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
+        self,
+        x: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        write_plan: Any = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -92,6 +109,7 @@ class Attention:
             x: [T, H].
             k_cache, v_cache: [num_blocks, K, block_size, D], this layer's; written here.
             metadata: the step.
+            write_plan: from `plan_write`.
 
         Returns:
             [T, H].
@@ -111,6 +129,7 @@ class Attention:
             q_norm=self._q_norm,
             k_norm=self._k_norm,
             eps=self._eps,
+            plan=write_plan,
         )
         out = torch.empty((x.shape[0], self._num_q_heads, self._head_dim), dtype=x.dtype, device=x.device)
         split = metadata.num_decode_tokens

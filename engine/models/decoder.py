@@ -23,6 +23,8 @@ from ..layers.norm import Norm
 
 __all__ = ["Decoder", "LayerCache", "WeightLoader"]
 
+MAX_HEAD_COPY = 0.22
+"""A tied head is copied for speed only while it is at most this part of the weights."""
 _PROJECTION = re.compile(r"(qkv|o|gate_up|up|down|lm_head)\.weight$")
 
 Allocate = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -84,7 +86,7 @@ class Decoder:
         self._position_embedding = self._tensors.pop("position_embedding.weight", None)
         self._final_norm = self._norm("final_norm")
         if config.tie_embeddings:
-            self._head = Linear(self._embedding, pack=False, invariant=invariant)
+            self._head = Linear(self._embedding, pack=pack_weights and self._head_is_small(), invariant=invariant)
         else:
             self._head = self._projections.pop("lm_head.weight")
         assert not self._tensors, f"weights nobody uses: {sorted(self._tensors)}"
@@ -113,9 +115,10 @@ class Decoder:
         if self._position_embedding is not None:
             residual += F.embedding(metadata.positions, self._position_embedding)
         states: dict[int, torch.Tensor] = {0: residual.clone()} if 0 in capture else {}
+        write_plan = self._layers[0].attention.plan_write(metadata, cache[0].k.shape[2], self.dtype)
         x = self._layers[0].attention_norm(residual)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache, strict=True), start=1):
-            x = layer.attention(x, layer_cache.k, layer_cache.v, metadata)
+            x = layer.attention(x, layer_cache.k, layer_cache.v, metadata, write_plan)
             x = layer.mlp_norm(x, residual)
             x = layer.mlp(x)
             last = index == len(self._layers)
@@ -144,6 +147,17 @@ class Decoder:
             self._projections[name] = Linear(tensor, pack=self._pack_weights, invariant=self._invariant)
         else:
             self._tensors[name] = tensor
+
+    def _head_is_small(self) -> bool:
+        """Whether a tied head may be repacked: a copy, as the embedding needs the plain rows.
+
+        Measured for SmolLM2-135M on two cores, plain against packed: 10.1 / 4.4 ms at 8 rows, 9.9 / 9.0 ms at 32.
+        """
+        config = self.config
+        per_layer = config.hidden_size * (config.qkv_size + config.num_q_heads * config.head_dim)
+        per_layer += config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
+        head = config.vocab_size * config.hidden_size
+        return head <= MAX_HEAD_COPY * (head + config.num_layers * per_layer)
 
     def _norm(self, name: str) -> Norm:
         weight = self._tensors.pop(f"{name}.weight")

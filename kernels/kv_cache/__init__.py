@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..dispatch import active
 from ..rope import RopeStyle
 
-__all__ = ["copy_blocks", "write_kv"]
+__all__ = ["copy_blocks", "plan_write_kv", "write_kv"]
 
 
 def write_kv(
@@ -26,6 +29,7 @@ def write_kv(
     eps: float = 1e-6,
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
+    plan: Any = None,
 ) -> None:
     """Normalise (RMSNorm per head) and rotate q and k, q in place, and write k and v to their slots.
 
@@ -38,6 +42,7 @@ def write_kv(
         q_norm, k_norm: [head_dim] weights, or None for no norm.
         k_scale, v_scale: int8 cache: [num_blocks, num_kv_heads, block_size] float32, written here (amax / 127 of each
             token and head); e4m3 cache: one number to divide by.
+        plan: from `plan_write_kv`, for the same slots and positions; None: it plans for itself.
     """
     active["write_kv"](
         q,
@@ -54,6 +59,37 @@ def write_kv(
         eps=eps,
         k_scale=k_scale,
         v_scale=v_scale,
+        plan=plan,
+    )
+
+
+def plan_write_kv(
+    slot_mapping: Tensor,
+    *,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    rope_style: RopeStyle,
+    block_size: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> Any:
+    """Prepare `write_kv` for all layers of a step that share their rotation; pass the result as `plan`.
+
+    Args:
+        slot_mapping, positions, cos_sin, rope_style: as `write_kv` takes them.
+        dtype: of q and k.
+
+    Returns:
+        What the backend in force wants to know; opaque to callers.
+    """
+    return active["plan_write_kv"](
+        slot_mapping,
+        positions=positions,
+        cos_sin=cos_sin,
+        rope_style=rope_style,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        dtype=dtype,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.checks import check_choice, check_shape, check_write_kv
 from ..rope.reference import RopeStyle, rotate, rotation_factors
 
-__all__ = ["copy_blocks", "quantise_e4m3", "quantise_int8", "write_kv"]
+__all__ = ["WritePlan", "copy_blocks", "plan_write_kv", "quantise_e4m3", "quantise_int8", "write_kv"]
 
 E4M3_MAX = 448.0
 
@@ -41,6 +41,63 @@ def _norm_and_rotate(
     return y
 
 
+class WritePlan(NamedTuple):
+    """What `write_kv` needs of a step beside its tensors."""
+
+    written: Tensor | None
+    """[num_tokens] bool; None: all tokens are."""
+    rows: Tensor
+    """[num written tokens * num_kv_heads] int64, in the cache seen as [num_blocks * num_kv_heads * block_size, ...]."""
+    factors: tuple[Tensor, Tensor] | None
+    """Of the rotation; None: there is none."""
+
+
+def plan_write_kv(
+    slot_mapping: Tensor,
+    *,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    rope_style: RopeStyle,
+    block_size: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> WritePlan:
+    """See `octavo.kernels.plan_write_kv`."""
+    check_choice("rope_style", rope_style, ("neox", "interleaved"))
+    factors = None
+    if cos_sin is not None:
+        rotations = cos_sin.index_select(0, positions).to(torch.promote_types(dtype, torch.float32))
+        factors = rotation_factors(rotations, rope_style)
+    written = None
+    if (slot_mapping < 0).any():
+        written = slot_mapping >= 0
+        slot_mapping = slot_mapping[written]
+    first = slot_mapping + slot_mapping // block_size * ((num_kv_heads - 1) * block_size)
+    o_head = torch.arange(0, num_kv_heads * block_size, block_size, device=first.device)
+    return WritePlan(written, (first[:, None] + o_head).flatten(), factors)
+
+
+def _rotate_together(q: Tensor, k: Tensor, factors: tuple[Tensor, Tensor], style: RopeStyle) -> Tensor:
+    """Rotate q in place and return k rotated; as one tensor where they lie side by side in a fused projection."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_heads = num_q_heads + k.shape[1]
+    side_by_side = (
+        q.stride() == k.stride()
+        and q.stride()[1:] == (head_dim, 1)
+        and q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+        and k.storage_offset() == q.storage_offset() + num_q_heads * head_dim
+    )
+    if not side_by_side:
+        k = k.clone()
+        rotate(q, *factors, style)
+        rotate(k, *factors, style)
+        return k
+    both = q.as_strided((num_tokens, num_heads, head_dim), q.stride()).clone()
+    rotate(both, *factors, style)
+    q.copy_(both[:, :num_q_heads])
+    return both[:, num_q_heads:]
+
+
 def write_kv(
     q: Tensor,
     k: Tensor,
@@ -57,6 +114,7 @@ def write_kv(
     eps: float = 1e-6,
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
+    plan: WritePlan | None = None,
 ) -> None:
     """See `octavo.kernels.write_kv`."""
     check_write_kv(
@@ -73,24 +131,28 @@ def write_kv(
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    check_choice("rope_style", rope_style, ("neox", "interleaved"))
-    if q_norm is not None or k_norm is not None or cos_sin is not None:
-        factors = None
-        if cos_sin is not None:
-            rows = cos_sin.index_select(0, positions).to(torch.promote_types(q.dtype, torch.float32))
-            factors = rotation_factors(rows, rope_style)
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+    if plan is None:
+        plan = plan_write_kv(
+            slot_mapping,
+            positions=positions,
+            cos_sin=cos_sin,
+            rope_style=rope_style,
+            block_size=block_size,
+            num_kv_heads=num_kv_heads,
+            dtype=q.dtype,
+        )
+    written, rows, factors = plan
+    if q_norm is None and k_norm is None and q.dtype in (torch.float32, torch.float64):
+        if factors is not None:
+            k = _rotate_together(q, k, factors, rope_style)
+    else:
         rotated = _norm_and_rotate(q, q_norm, eps, factors, rope_style)
         if rotated is not q:
             q.copy_(rotated)
         k = _norm_and_rotate(k.clone(), k_norm, eps, factors, rope_style).to(k.dtype)
-
-    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    if (slot_mapping < 0).any():
-        written = slot_mapping >= 0
-        k, v, slot_mapping = k[written], v[written], slot_mapping[written]
-    # A slot's rows in the cache seen as [num_blocks * num_kv_heads * block_size, head_dim], one per head.
-    first = slot_mapping + slot_mapping // block_size * ((num_kv_heads - 1) * block_size)
-    rows = (first[:, None] + _head_offsets(num_kv_heads, block_size, first.device)).flatten()
+    if written is not None:
+        k, v = k[written], v[written]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if cache.dtype == torch.int8:
             assert isinstance(scale, Tensor)
@@ -101,11 +163,6 @@ def write_kv(
             # Indexed as bytes: torch has no such write for float8.
             x, cache = quantise_e4m3(x, scale).view(torch.int8), cache.view(torch.int8)
         cache.view(-1, head_dim).index_copy_(0, rows, x.reshape(-1, head_dim).to(cache.dtype))
-
-
-@functools.cache
-def _head_offsets(num_kv_heads: int, block_size: int, device: torch.device) -> Tensor:
-    return torch.arange(0, num_kv_heads * block_size, block_size, device=device)
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> None:
