@@ -48,6 +48,17 @@ class _Group(NamedTuple):
     """[n] int64"""
 
 
+class _Buffer(NamedTuple):
+    """Where a group's keys and values are gathered, seen as tiles and as what attention takes."""
+
+    k_rows: Tensor
+    v_rows: Tensor
+    """[n * num_kv_heads * num_columns, block_size * head_dim]"""
+    keys: Tensor
+    values: Tensor
+    """[n, num_kv_heads, num_columns * block_size, head_dim]"""
+
+
 class _Single(NamedTuple):
     """A sequence with several query tokens."""
 
@@ -72,7 +83,25 @@ class PagedPlan:
     singles: list[_Single]
     masks: dict[object, Tensor] = field(default_factory=dict)
     """Additive masks by what they are for: layers with the same window share them."""
-    buffers: tuple[Tensor, Tensor] | None = None
+    _buffers: list[_Buffer] = field(default_factory=list)
+
+    @property
+    def num_single(self) -> int:
+        """Sequences in groups."""
+        return self.groups[-1].stop if self.groups else 0
+
+    def buffers(self, dtype: torch.dtype, head_dim: int) -> list[_Buffer]:
+        """Return where each group gathers; all of them share the same two pieces of memory."""
+        if not self._buffers or self._buffers[0].keys.dtype != dtype:
+            largest = max(len(group.tiles) for group in self.groups)
+            k, v = (torch.empty((largest, self.block_size * head_dim), dtype=dtype) for _ in range(2))
+            self._buffers = [
+                _Buffer(k_rows, v_rows, k_rows.view(shape), v_rows.view(shape))
+                for group in self.groups
+                for k_rows, v_rows in [(k[: len(group.tiles)], v[: len(group.tiles)])]
+                for shape in [(group.stop - group.start, self.num_kv_heads, -1, head_dim)]
+            ]
+        return self._buffers
 
 
 def plan_paged_attention(
@@ -165,8 +194,7 @@ def _walk(
     if plan.groups:
         queries = q if plan.order is None else q.index_select(0, plan.order)
         result = out if plan.order is None else torch.empty_like(queries)
-        for group in plan.groups:
-            _attend_group(queries, k_cache, v_cache, plan, group, scale, window, result, blank)
+        _attend_groups(queries, k_cache, v_cache, plan, scale, window, result, blank)
         if plan.order is not None:
             out.index_copy_(0, plan.order, result)
     for single in plan.singles:
@@ -174,42 +202,38 @@ def _walk(
         walk(q, k_cache, v_cache, plan, single, scale, window, out, blank)
 
 
-def _attend_group(
+def _attend_groups(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     plan: PagedPlan,
-    group: _Group,
     scale: float,
     window: int | None,
     out: Tensor,
     blank: bool,
 ) -> None:
+    """Attend from one row per sequence, sorted as the groups are. What can be done once per step or layer is."""
     head_dim, num_kv_heads = q.shape[2], plan.num_kv_heads
-    num_seqs = group.stop - group.start
-    if plan.buffers is None or plan.buffers[0].dtype != k_cache.dtype:
-        largest = max(len(each.tiles) for each in plan.groups)
-        shape = (largest, plan.block_size * head_dim)
-        plan.buffers = (k_cache.new_empty(shape), v_cache.new_empty(shape))
-    dense = []
-    for cache, buffer in zip((k_cache, v_cache), plan.buffers, strict=True):
-        rows = cache.view(-1, plan.block_size * head_dim)
-        gathered = torch.index_select(rows, 0, group.tiles, out=buffer[: len(group.tiles)])
-        dense.append(gathered.view(num_seqs, num_kv_heads, -1, head_dim))
-    mask = plan.masks.get((group.start, window))
-    if mask is None:
-        o_key = torch.arange(dense[0].shape[2])
-        visible = o_key < group.lengths[:, None]
-        if window is not None:
-            visible &= o_key >= group.lengths[:, None] - window
-        mask = _additive(visible, q.dtype)[:, None, None, :]
-        plan.masks[(group.start, window)] = mask
-    if blank:
-        for tensor in dense:
-            tensor.masked_fill_((mask != 0).transpose(2, 3), 0)
-    queries = q[group.start : group.stop].view(num_seqs, num_kv_heads, -1, head_dim)
-    result = functional.scaled_dot_product_attention(queries, dense[0], dense[1], attn_mask=mask, scale=scale)
-    out[group.start : group.stop].view(queries.shape).copy_(result)
+    k_rows, v_rows = (cache.view(-1, plan.block_size * head_dim) for cache in (k_cache, v_cache))
+    # [num_seqs, num_kv_heads, group_size, head_dim]: the heads of a group are the rows of one product.
+    queries, result = (tensor.view(len(tensor), num_kv_heads, -1, head_dim) for tensor in (q[: plan.num_single], out))
+    for group, buffer in zip(plan.groups, plan.buffers(k_cache.dtype, head_dim), strict=True):
+        torch.index_select(k_rows, 0, group.tiles, out=buffer.k_rows)
+        torch.index_select(v_rows, 0, group.tiles, out=buffer.v_rows)
+        mask = plan.masks.get((group.start, window))
+        if mask is None:
+            o_key = torch.arange(buffer.keys.shape[2])
+            visible = o_key < group.lengths[:, None]
+            if window is not None:
+                visible &= o_key >= group.lengths[:, None] - window
+            mask = _additive(visible, q.dtype)[:, None, None, :]
+            plan.masks[(group.start, window)] = mask
+        if blank:
+            for dense in (buffer.keys, buffer.values):
+                dense.masked_fill_((mask != 0).transpose(2, 3), 0)
+        result[group.start : group.stop] = functional.scaled_dot_product_attention(
+            queries[group.start : group.stop], buffer.keys, buffer.values, attn_mask=mask, scale=scale
+        )
 
 
 def _gather(cache: Tensor, single: _Single, window: int | None, blank: bool) -> Tensor:
