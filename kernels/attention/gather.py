@@ -66,8 +66,8 @@ class _Single(NamedTuple):
     stop: int
     """Its query rows."""
     length: int
-    blocks: Tensor
-    """[num_columns] int64"""
+    tiles: Tensor
+    """[num_kv_heads * num_columns] int64, head by head: which (block, head) tile comes where."""
 
 
 @dataclass(eq=False)
@@ -129,7 +129,8 @@ def plan_paged_attention(
             single_token.append(s)
         elif query_len > 0:
             blocks = block_table[s, : -(-length // block_size)].long()
-            singles.append(_Single(starts[s], starts[s + 1], length, blocks))
+            tiles = (blocks * num_kv_heads + torch.arange(num_kv_heads)[:, None]).flatten()
+            singles.append(_Single(starts[s], starts[s + 1], length, tiles))
     single_token.sort(key=lengths.__getitem__)
     groups = list(_groups(single_token, lengths, block_table, block_size, num_kv_heads))
     rows = [starts[s] for s in single_token]
@@ -238,7 +239,9 @@ def _attend_groups(
 
 def _gather(cache: Tensor, single: _Single, window: int | None, blank: bool) -> Tensor:
     """Return the keys or values of one sequence, [num_kv_heads, length, head_dim]."""
-    dense = cache.index_select(0, single.blocks).transpose(0, 1).flatten(1, 2)[:, : single.length]
+    num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+    rows = cache.view(num_blocks * num_kv_heads, block_size * head_dim)
+    dense = rows.index_select(0, single.tiles).view(num_kv_heads, -1, head_dim)[:, : single.length]
     if blank and window is not None:
         first = single.length - (single.stop - single.start)
         dense[:, : max(0, first - window + 1)] = 0
