@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .errors import ConfigError
+from .errors import ConfigError, describe
 
 __all__ = [
     "BackendName",
@@ -35,7 +35,7 @@ def _check(name: str, value: Any, allowed: str, ok: Callable[[Any], bool]) -> No
     except TypeError:
         good = False
     if not good:
-        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+        raise ConfigError(f"{name} is {describe(value)}; allowed: {allowed}")
 
 
 def _is_int(value: Any) -> bool:
@@ -150,8 +150,8 @@ class CacheConfig:
         _check(
             "kv_cache_tokens",
             self.kv_cache_tokens,
-            f"at least one block ({self.block_size} tokens), or none for automatic",
-            lambda v: v is None or (_is_int(v) and v >= self.block_size),
+            f"at least one block ({self.block_size} tokens) and below 2**48, or none for automatic",
+            lambda v: v is None or (_is_int(v) and self.block_size <= v < 2**48),
         )
         _check(
             "gpu_memory_utilization",
@@ -182,8 +182,8 @@ class SchedulerConfig:
             _check(
                 name,
                 getattr(self, name),
-                "a positive integer, or none for automatic",
-                lambda v: v is None or (_is_int(v) and v >= 1),
+                "an integer from 1 to 2**31 - 1, or none for automatic",
+                lambda v: v is None or (_is_int(v) and 1 <= v < 2**31),
             )
         _check("policy", self.policy, "fcfs, priority", lambda v: v in ("fcfs", "priority"))
 

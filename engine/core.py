@@ -39,6 +39,8 @@ class EngineCore:
         self._rng = Random(seed)
         self._num_failed_steps = 0
         self._num_arrived = 0
+        self._untold: list[EngineOutput] = []
+        """News of a step that was interrupted, for the next one to return."""
 
     def add_request(
         self,
@@ -103,8 +105,8 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request waits or runs."""
-        return self.scheduler.has_unfinished
+        """Whether any request waits or runs, or has ended in a step that was interrupted before it could say so."""
+        return self.scheduler.has_unfinished or bool(self._untold)
 
     def step(self) -> list[EngineOutput]:
         """Run one step and return the news of those sequences that have any.
@@ -112,22 +114,25 @@ class EngineCore:
         Raises:
             EngineDeadError: several steps in a row have failed.
         """
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise EngineDeadError(f"{MAX_FAILED_STEPS} steps failed in a row, and nothing runs since")
+        untold, self._untold = self._untold, []
         work = self.scheduler.schedule()
         if work is None:
-            return []
+            return untold
         try:
             output = self.runner.execute(work).wait()
         except Exception as error:
             self._num_failed_steps += 1
             if self._num_failed_steps >= MAX_FAILED_STEPS:
                 raise EngineDeadError(f"{MAX_FAILED_STEPS} steps failed in a row, last with {error!r}") from error
-            return self.scheduler.fail(work, f"the step that ran this request failed: {error!r}")
+            return untold + self.scheduler.fail(work, f"the step that ran this request failed: {error!r}")
         except BaseException:
             # Ctrl-C in the middle of a step: what it wrote is unknown, but the engine can go on with other requests.
-            self.scheduler.fail(work, "the step that ran this request was interrupted")
+            self._untold = untold + self.scheduler.fail(work, "the step that ran this request was interrupted")
             raise
         self._num_failed_steps = 0
-        return self.scheduler.update(work, output)
+        return untold + self.scheduler.update(work, output)
 
 
 def _checked_tokens(token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int32]:

@@ -6,7 +6,9 @@ start-up; an `EngineDeadError` means that no request can be served any more.
 
 from __future__ import annotations
 
-__all__ = ["CapacityError", "CheckpointError", "ConfigError", "EngineDeadError", "OctavoError", "RequestError"]
+from typing import Any
+
+__all__ = ["CapacityError", "CheckpointError", "ConfigError", "EngineDeadError", "OctavoError", "RequestError", "describe"]
 
 
 class OctavoError(Exception):
@@ -52,3 +54,16 @@ class RequestError(OctavoError):
 
 class EngineDeadError(OctavoError):
     """The engine has met a fault it cannot recover from; requests in flight are lost."""
+
+
+def describe(value: Any) -> str:
+    """Return a short, escaped form of any value: repr() of a 5,000-digit integer raises, of a prompt is too long."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str):
+        return ascii(value) if len(value) <= 40 else f"a string of {len(value)} characters"
+    if isinstance(value, (list, tuple, dict, set, frozenset, bytes, bytearray)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from .config import EngineConfig
-from .errors import ConfigError, RequestError
+from .errors import ConfigError, RequestError, describe
 from .sampling_params import SamplingParams
 from .scheduler import SchedulerStats
 from .startup import Engine, start_engine
@@ -72,6 +72,13 @@ class LLM:
         self._core = self.engine.core
         self._texts = OutputProcessor(self.engine.tokenizer)
         self._num_requests = 0
+        # Whoever runs a step runs everybody's requests: what it brings to others is kept for them here.
+        self._progress: dict[str, GenerationProgress] = {}
+        """Of `generate` and `chat`, by request that is not finished: where to count it when it is."""
+        self._news: dict[str, RequestOutput] = {}
+        """Of `add`: what `step` has not returned yet."""
+        self._added: set[str] = set()
+        """Those of `add` that are not finished."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -113,6 +120,9 @@ class LLM:
         Raises:
             RequestError: a prompt or parameter is not allowed; nothing has been run.
         """
+        if not isinstance(prompts, str) and not _is_list(prompts):
+            allowed = "a text, a list of token ids, or a list of either"
+            raise RequestError(f"prompts is {describe(prompts)}; allowed: {allowed}", "prompt")
         lone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several: Sequence[Any] = [prompts] if lone else prompts
         all_params = self._per_request(params, len(several))
@@ -134,6 +144,9 @@ class LLM:
             params: as in `generate`; `max_tokens` defaults to the context that is left.
             chat_template_kwargs: see `ChatTemplate.render`.
         """
+        if not _is_list(messages):
+            allowed = "a list of messages, or a list of such lists"
+            raise RequestError(f"messages is {describe(messages)}; allowed: {allowed}", "messages")
         lone = len(messages) > 0 and isinstance(messages[0], Mapping)
         several: Sequence[Any] = [messages] if lone else messages
         all_params = self._per_request(params, len(several))
@@ -148,18 +161,22 @@ class LLM:
         """Generate for one prompt or conversation, token by token.
 
         Yields:
-            The same growing answer after every token. Closing the generator aborts the request.
+            The same growing answer after every token; after several at once where others have run steps meanwhile.
+            Closing the generator aborts the request.
         """
-        request_id = self.add(prompt, params, stream=True)
+        answer = self._queue(prompt, params, stream=True)
+        num_told, finished = 0, False
         try:
-            finished = False
             while not finished:
-                for output in self.step():
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield output
+                finished = answer.finished
+                num_tokens = sum(len(choice.token_ids) for choice in answer.outputs)
+                if finished or num_tokens > num_told:
+                    num_told = num_tokens
+                    yield answer
+                else:
+                    self._advance()
         finally:
-            self.abort(request_id)
+            self.abort(answer.request_id)
 
     def add(
         self,
@@ -181,30 +198,28 @@ class LLM:
         Raises:
             RequestError: the prompt or a parameter is not allowed; no other request is concerned.
         """
-        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        token_ids = self.chat_template.encode(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
-        params = self._resolved(self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS)
-        return self._add(prompt if isinstance(prompt, str) else None, token_ids, params, stream=stream)
+        request_id = self._queue(prompt, params, stream=stream).request_id
+        self._added.add(request_id)
+        return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; return the requests with something new, each the same growing object every time.
+        """Run one step; return the requests of `add` with something new, each the same growing object every time.
 
-        A `generate`, `chat` or `stream` that is under way runs steps of its own and drops what others get from them.
+        What they got from the steps of a `generate`, `chat` or `stream` meanwhile is new here, too.
 
         Raises:
             EngineDeadError: several steps in a row have failed.
         """
-        changed, stops = self._texts.process(self._core.step())
-        for stop in stops:
-            news = self._core.finish(stop.request_id, stop.index, stop.num_output_tokens)
-            if news is not None:
-                self._texts.process([news])
-        return changed
+        self._advance()
+        news, self._news = self._news, {}
+        return list(news.values())
 
     def abort(self, request_id: str) -> None:
-        """Drop a request and free its blocks; an unknown or finished id is not an error."""
-        self._core.abort(request_id)
+        """End a request and free its blocks; `step` does not return it. An unknown or finished id is not an error."""
+        self._texts.process(self._core.abort(request_id))
         self._texts.discard(request_id)
+        self._news.pop(request_id, None)
+        self._count_finished(request_id)
 
     @property
     def stats(self) -> SchedulerStats:
@@ -219,11 +234,13 @@ class LLM:
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
+        if not _is_list(prompt):
+            raise RequestError(f"prompt is {describe(prompt)}; allowed: a text, or a list of token ids", "prompt")
         vocab_size = self.engine.model_config.vocab_size
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                 raise RequestError(
-                    f"prompt_token_ids holds {token_id!r}; allowed: integers from 0 to {vocab_size - 1}",
+                    f"prompt_token_ids holds {describe(token_id)}; allowed: integers from 0 to {vocab_size - 1}",
                     "prompt_token_ids",
                 )
         return list(prompt)
@@ -235,6 +252,8 @@ class LLM:
             params = SamplingParams()
         if isinstance(params, SamplingParams):
             return [self._with_defaults(params)] * num_requests
+        if not _is_list(params) or not all(isinstance(each, SamplingParams) for each in params):
+            raise RequestError(f"params is {describe(params)}; allowed: SamplingParams, or a list of them", "params")
         if len(params) != num_requests:
             raise RequestError(f"{len(params)} sampling parameters for {num_requests} prompts; allowed: one each")
         return [self._with_defaults(each) for each in params]
@@ -248,6 +267,8 @@ class LLM:
 
     def _resolved(self, params: SamplingParams, prompt_len: int, default_max_tokens: int | None) -> SamplingParams:
         """Return the parameters with a number for `max_tokens`, checked against the model."""
+        if params.stop and self.engine.tokenizer is None:
+            raise RequestError("stop is given and the model has no tokenizer; allowed: stop_token_ids", "stop")
         limits = self._core.scheduler.limits
         max_tokens = params.validate_for(
             vocab_size=limits.vocab_size,
@@ -258,13 +279,41 @@ class LLM:
         )
         return params if params.max_tokens is not None else params.replace(max_tokens=max_tokens)
 
-    def _add(self, prompt: str | None, token_ids: list[int], params: SamplingParams, *, stream: bool = False) -> str:
+    def _queue(
+        self, prompt: Prompt | Sequence[Mapping[str, Any]], params: SamplingParams | None, *, stream: bool
+    ) -> RequestOutput:
+        chat = _is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        token_ids = self.chat_template.encode(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
+        params = self._resolved(self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS)
+        return self._add(prompt if isinstance(prompt, str) else None, token_ids, params, stream=stream)
+
+    def _add(
+        self, prompt: str | None, token_ids: list[int], params: SamplingParams, *, stream: bool = False
+    ) -> RequestOutput:
         request_id = f"request-{self._num_requests}"
         self._num_requests += 1
         stream = stream or self._texts.needs_every_token(params)
         self._core.add_request(request_id, token_ids, params, stream=stream)
-        self._texts.add(request_id, prompt, token_ids, params)
-        return request_id
+        return self._texts.add(request_id, prompt, token_ids, params)
+
+    def _advance(self) -> None:
+        """Run one step, and keep what it brought where its owner will look."""
+        changed, stops = self._texts.process(self._core.step())
+        for stop in stops:
+            news = self._core.finish(stop.request_id, stop.index, stop.num_output_tokens)
+            if news is not None:
+                self._texts.process([news])
+        for output in changed:
+            if output.request_id in self._added:
+                self._news[output.request_id] = output
+            if output.finished:
+                self._count_finished(output.request_id)
+
+    def _count_finished(self, request_id: str) -> None:
+        self._added.discard(request_id)
+        progress = self._progress.pop(request_id, None)
+        if progress is not None:
+            progress.num_finished += 1
 
     def _run(
         self,
@@ -277,17 +326,15 @@ class LLM:
             self._resolved(params, len(token_ids), default_max_tokens)
             for (_, token_ids), params in zip(prompts, all_params, strict=True)
         ]
-        outputs: dict[str, RequestOutput | None] = {}
+        answers: list[RequestOutput] = []
         progress = GenerationProgress(len(prompts))
         before = self.stats
         try:
             for (text, token_ids), params in zip(prompts, resolved, strict=True):
-                outputs[self._add(text, token_ids, params)] = None
+                answers.append(self._add(text, token_ids, params))
+                self._progress[answers[-1].request_id] = progress
             while progress.num_finished < len(prompts):
-                for output in self.step():
-                    if output.finished and output.request_id in outputs:
-                        outputs[output.request_id] = output
-                        progress.num_finished += 1
+                self._advance()
                 if on_progress is not None:
                     stats = self.stats
                     progress.num_prefill_tokens = stats.num_prefill_tokens - before.num_prefill_tokens
@@ -295,7 +342,12 @@ class LLM:
                     progress.num_running, progress.num_waiting = stats.num_running, stats.num_waiting
                     on_progress(progress)
         finally:
-            for request_id, result in outputs.items():
-                if result is None:
-                    self.abort(request_id)
-        return [output for output in outputs.values() if output is not None]
+            for answer in answers:
+                if not answer.finished:
+                    self.abort(answer.request_id)
+        return answers
+
+
+def _is_list(value: object) -> bool:
+    """Whether it is a list in a caller's eyes: a text or bytes are sequences, too, of characters and numbers."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))

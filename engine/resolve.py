@@ -53,8 +53,8 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    pack_weights: bool
-    """Whether projections are kept in the layout that is fastest for several rows; see `layers/linear.py`."""
+    weight_layout: Literal["transposed", "packed"]
+    """How projections are stored; see `layers/linear.py`."""
     weight_bytes: int
     kv_bytes_per_token: int
     choices: tuple[Choice, ...]
@@ -102,7 +102,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
         )
 
     if hardware.device == "cpu" and max_num_seqs == 1:
-        choices.append(Choice("weight layout", "plain", "a single sequence decodes one row at a time"))
+        choices.append(Choice("weight layout", "transposed", "the fastest for one sequence at a time"))
 
     max_model_len = config.scheduler.max_model_len or model.max_position
     if max_model_len > model.max_position:
@@ -110,6 +110,8 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     block_size = config.cache.block_size
     num_blocks = _num_blocks(config, hardware, weight_bytes, bytes_per_token, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
+        if config.scheduler.max_model_len is not None:
+            raise ConfigError(f"max_model_len is {max_model_len}; allowed: at most the KV pool's {num_blocks * block_size}")
         max_model_len = num_blocks * block_size
         choices.append(
             Choice("max_model_len", f"{max_model_len:,}", f"lowered from {model.max_position:,}: the KV pool")
@@ -124,7 +126,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        pack_weights=max_num_seqs > 1,
+        weight_layout="packed" if max_num_seqs > 1 else "transposed",
         weight_bytes=weight_bytes,
         kv_bytes_per_token=bytes_per_token,
         choices=tuple(choices),

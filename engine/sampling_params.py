@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from .config import GenerationConfig
-from .errors import RequestError
+from .errors import RequestError, describe
 
 __all__ = ["RULES", "Rule", "SamplingParams", "check_field"]
 
@@ -37,21 +37,8 @@ class Rule(NamedTuple):
     parse: Callable[[Any], Any]
 
 
-def _show(value: Any) -> str:
-    """Return a short, escaped form of any value: repr() of a 5,000-digit integer raises, of a prompt is too long."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str):
-        return ascii(value) if len(value) <= 40 else f"a string of {len(value)} characters"
-    if isinstance(value, (list, tuple, dict, set, frozenset, bytes, bytearray)):
-        return f"a {type(value).__name__} of {len(value)}"
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
 def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
-    raise RequestError(f"{name} is {_show(value)}; allowed: {allowed}", param=name)
+    raise RequestError(f"{name} is {describe(value)}; allowed: {allowed}", param=name)
 
 
 def _is_int(value: Any) -> bool:
@@ -288,7 +275,7 @@ class SamplingParams:
             if key not in RULES:
                 allowed = ", ".join(RULES)
                 name = str(key)[:64].encode(errors="backslashreplace").decode()
-                raise RequestError(f"unknown parameter {_show(key)}; allowed: {allowed}", param=name)
+                raise RequestError(f"unknown parameter {describe(key)}; allowed: {allowed}", param=name)
         values = {key: value for key, value in mapping.items() if value is not None}
         if isinstance(bias := values.get("logit_bias"), Mapping):
             if len(bias) > MAX_BIASES:

@@ -115,7 +115,7 @@ def start_engine(
             dtype=dtype,
             device=device,
             max_model_len=resolved.max_model_len,
-            pack_weights=resolved.pack_weights,
+            layout=resolved.weight_layout,
             invariant=resolved.invariant,
         )
         phase.detail = f"{resolved.weight_bytes / 2**20:,.0f} MiB in {resolved.dtype}"

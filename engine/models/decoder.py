@@ -17,7 +17,7 @@ from octavo.kernels import build_cos_sin
 
 from ..config import ModelConfig, RopeConfig
 from ..layers.attention import Attention, AttentionMetadata
-from ..layers.linear import Linear, can_pack
+from ..layers.linear import Layout, Linear, usable_layout
 from ..layers.mlp import MLP
 from ..layers.norm import Norm
 
@@ -56,7 +56,7 @@ class Decoder:
             peak is that of the weights and one tensor.
         dtype, device: of weights and hidden states.
         max_model_len: longest sequence in tokens, for the table of rotations.
-        pack_weights, invariant: see `Linear`.
+        layout, invariant: see `Linear`.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int,
-        pack_weights: bool = True,
+        layout: Layout = "packed",
         invariant: bool = False,
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self._pack_weights = pack_weights
+        self._layout = usable_layout(layout, device, dtype)
         self._invariant = invariant
         self._tensors: dict[str, torch.Tensor] = {}
         self._projections: dict[str, Linear] = {}
@@ -86,7 +86,8 @@ class Decoder:
         self._position_embedding = self._tensors.pop("position_embedding.weight", None)
         self._final_norm = self._norm("final_norm")
         if config.tie_embeddings:
-            self._head = Linear(self._embedding, pack=pack_weights and self._head_is_small(), invariant=invariant)
+            copied = self._layout == "packed" and self._head_is_small()
+            self._head = Linear(self._embedding, layout="packed" if copied else "plain", invariant=invariant)
         else:
             self._head = self._projections.pop("lm_head.weight")
         assert not self._tensors, f"weights nobody uses: {sorted(self._tensors)}"
@@ -132,9 +133,9 @@ class Decoder:
         return self._head(hidden_states)
 
     def _allocate(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if not (self._pack_weights and _PROJECTION.search(name) and can_pack(self.device, self.dtype)):
+        if self._layout == "plain" or not _PROJECTION.search(name):
             return torch.empty(shape, dtype=self.dtype, device=self.device)
-        # A projection that is repacked needs its plain form for a moment only. Giving each a tensor of its own left
+        # A projection that is copied needs its plain form for a moment only. Giving each a tensor of its own left
         # freed memory between the packed ones: 1.3 to 1.4 times the weights at the peak, against 1.2 with one scratch.
         size = math.prod(shape)
         if self._scratch is None or self._scratch.numel() < size:
@@ -144,7 +145,7 @@ class Decoder:
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         if _PROJECTION.search(name):
-            self._projections[name] = Linear(tensor, pack=self._pack_weights, invariant=self._invariant)
+            self._projections[name] = Linear(tensor, layout=self._layout, invariant=self._invariant)
         else:
             self._tensors[name] = tensor
 

@@ -62,7 +62,8 @@ class _Sequence:
         if answer.logprobs is not None:
             answer.logprobs += news.new_logprobs
         if news.finish_reason is not None:
-            if not self.closed:
+            # An abort leaves the text as it was last seen.
+            if not self.closed and news.finish_reason is not FinishReason.ABORT:
                 self._flush()
             self._close(news)
             return False
@@ -149,9 +150,13 @@ class OutputProcessor:
         """Whether the engine must report each token as it comes, for a stop string to end the sequence in time."""
         return bool(params.stop)
 
-    def add(self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        """Expect news of a request."""
-        self._requests[request_id] = _Answers(request_id, prompt, prompt_token_ids, params, self._tokenizer)
+    def add(
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
+    ) -> RequestOutput:
+        """Expect news of a request; return its answer, which grows with them."""
+        request = _Answers(request_id, prompt, prompt_token_ids, params, self._tokenizer)
+        self._requests[request_id] = request
+        return request.output
 
     def discard(self, request_id: str) -> None:
         """Forget a request; news of it will be ignored."""
