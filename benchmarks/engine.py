@@ -113,7 +113,7 @@ def timed(function: Any, *args: Any) -> tuple[float, list[list[int]]]:
 def measure(batch: int, args: argparse.Namespace, reference: Any) -> dict[str, Any]:
     """Time one batch size, round by round, both engines in each."""
     llm = LLM(MODEL, max_num_seqs=batch)
-    prompts = make_prompts(llm.tokenizer, args.prompts)
+    prompts = make_prompts(llm.tokenizer, args.prompts, spread=args.spread)
     greedy = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     sampled = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, seed=1, max_tokens=args.tokens, ignore_eos=True)
     warm = prompts[:batch]
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
+    parser.add_argument("--spread", choices=("log", "even"), default="log", help="of the prompts' lengths")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-reference", action="store_true", help="leave transformers out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 __all__ = ["Encoder", "prompts"]
 
@@ -26,8 +26,16 @@ class Encoder(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def prompts(encoder: Encoder, num_prompts: int, min_tokens: int = 32, max_tokens: int = 256) -> list[list[int]]:
-    """Return prompts as token ids, their lengths spread evenly, in an order that mixes short and long.
+def prompts(
+    encoder: Encoder,
+    num_prompts: int,
+    min_tokens: int = 32,
+    max_tokens: int = 256,
+    spread: Literal["log", "even"] = "log",
+) -> list[list[int]]:
+    """Return prompts as token ids, short and long ones mixed.
+
+    Lengths are spread evenly between the two, or evenly on a logarithmic scale: most short, few long, as prompts are.
 
     The text is this repository's LICENSE, each prompt from another place in it and with a task in front, so that no two
     share a prefix of a block.
@@ -38,7 +46,11 @@ def prompts(encoder: Encoder, num_prompts: int, min_tokens: int = 32, max_tokens
     for i in range(num_prompts):
         # A stride coprime to the count visits every length once, neither ascending nor descending.
         place = i * 13 % num_prompts
-        length = min_tokens + (max_tokens - min_tokens) * place // max(1, num_prompts - 1)
+        part = place / max(1, num_prompts - 1)
+        if spread == "log":
+            length = round(min_tokens * (max_tokens / min_tokens) ** part)
+        else:
+            length = round(min_tokens + (max_tokens - min_tokens) * part)
         start = i * 37 % max(1, len(words) - 2 * max_tokens)
         passage = f"({i + 1}) {_OPENINGS[i % len(_OPENINGS)]}" + " ".join(words[start : start + 2 * max_tokens])
         made.append(encoder.encode(passage)[:length])
