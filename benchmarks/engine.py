@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,14 @@ def run_octavo(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> li
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 
 
-def timed(function: Any, *args: Any) -> tuple[float, list[list[int]]]:
+def timed(name: str, function: Any, *args: Any) -> tuple[float, list[list[int]]]:
+    """Run and time; a line on stderr says what is running, as a case takes up to a minute."""
+    print(f"  {name} ...", end="", file=sys.stderr, flush=True)
     start = time.perf_counter()
     answers = function(*args)
-    return time.perf_counter() - start, answers
+    seconds = time.perf_counter() - start
+    print(f" {seconds:.1f} s", file=sys.stderr, flush=True)
+    return seconds, answers
 
 
 def measure(batch: int, args: argparse.Namespace, reference: Any) -> dict[str, Any]:
@@ -123,12 +128,12 @@ def measure(batch: int, args: argparse.Namespace, reference: Any) -> dict[str, A
     seconds: dict[str, list[float]] = {"octavo": [], "octavo sampled": [], "transformers": []}
     agreement = 1.0
     for _ in range(args.rounds):
-        ours, answers = timed(run_octavo, llm, prompts, greedy)
+        ours, answers = timed("octavo", run_octavo, llm, prompts, greedy)
         seconds["octavo"].append(ours)
         if args.sampled:
-            seconds["octavo sampled"].append(timed(run_octavo, llm, prompts, sampled)[0])
+            seconds["octavo sampled"].append(timed("octavo sampled", run_octavo, llm, prompts, sampled)[0])
         if reference is not None:
-            theirs, expected = timed(run_transformers, reference, prompts, args.tokens, batch)
+            theirs, expected = timed("transformers", run_transformers, reference, prompts, args.tokens, batch)
             seconds["transformers"].append(theirs)
             agreement = sum(a == b for a, b in zip(answers, expected, strict=True)) / len(prompts)
             if agreement < MIN_AGREEMENT:
@@ -143,6 +148,14 @@ def measure(batch: int, args: argparse.Namespace, reference: Any) -> dict[str, A
         pairs = zip(rates["octavo sampled"], rates["octavo"], strict=True)
         row["sampled_ratio"] = statistics.median(drawn / plain for drawn, plain in pairs)
     return row
+
+
+def cpu_name() -> str:
+    """Return the processor's model and how many of it there are."""
+    lines = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{len(lines)} x {lines[0]}" if lines else platform.machine()
 
 
 def main() -> None:
@@ -170,7 +183,11 @@ def main() -> None:
         print(f"batch {batch:>3}: tokens/s {rates}{extra}", flush=True)
     if args.json is not None:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+        machine = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__}
+        if reference is not None:
+            import transformers
+
+            machine["transformers"] = transformers.__version__
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=1) + "\n")
 
