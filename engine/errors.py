@@ -1,4 +1,5 @@
-"""This module holds every exception the engine raises on purpose. It does not know who catches them.
+"""This module holds every exception the engine raises on purpose, and how they show a value. It does not know who
+catches them.
 
 A `RequestError` ends one request and touches no other; a `ConfigError`, `CheckpointError` or `CapacityError` stops a
 start-up; an `EngineDeadError` means that no request can be served any more.
@@ -8,7 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CapacityError", "CheckpointError", "ConfigError", "EngineDeadError", "OctavoError", "RequestError", "describe"]
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineDeadError",
+    "OctavoError",
+    "RequestError",
+    "describe",
+]
 
 
 class OctavoError(Exception):

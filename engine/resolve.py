@@ -111,7 +111,9 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     num_blocks = _num_blocks(config, hardware, weight_bytes, bytes_per_token, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
         if config.scheduler.max_model_len is not None:
-            raise ConfigError(f"max_model_len is {max_model_len}; allowed: at most the KV pool's {num_blocks * block_size}")
+            raise ConfigError(
+                f"max_model_len is {max_model_len}; allowed: at most the KV pool's {num_blocks * block_size}"
+            )
         max_model_len = num_blocks * block_size
         choices.append(
             Choice("max_model_len", f"{max_model_len:,}", f"lowered from {model.max_position:,}: the KV pool")

@@ -195,6 +195,9 @@ def test_an_interrupt_ends_the_step_but_not_the_engine() -> None:
     with pytest.raises(KeyboardInterrupt):
         core.step()
     core.runner = runner
+    assert core.has_unfinished, "nobody has been told yet"
+    (end,) = core.step()
+    assert (end.request_id, end.finish_reason) == ("a", FinishReason.ERROR)
     assert not core.has_unfinished
     core.add_request("b", [9, 8], SamplingParams(max_tokens=5, seed=1, ignore_eos=True))
     assert run_out(core)["b", 0] == reference_tokens([9, 8], 5, seed=1, alphabet=ALPHABET)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from octavo.engine.errors import EngineDeadError, RequestError
 from octavo.engine.llm import LLM
@@ -65,6 +66,16 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "min_tokens past the default max_tokens": ([[1]], {"min_tokens": 17}),
     "layer that is not there": ([[1]], {"return_hidden_states": [3]}),
     "top_k past the vocabulary": ([[1]], {"top_k": VOCAB_SIZE + 1}),
+    "nothing": (None, {}),
+    "a number": (5, {}),
+    "bytes": (b"abc", {}),
+    "bytes among prompts": ([b"abc"], {}),
+    "a mapping": ({"prompt": [1]}, {}),
+    "nothing among prompts": ([[1], None], {}),
+    "numbers that are no int": ([np.int64(1), np.int64(2)], {}),
+    "an array": (np.arange(3), {}),
+    "lists in a list of ids": ([1, [2]], {}),
+    "id of 5,000 digits": ([10**5000], {}),
 }
 
 
@@ -75,6 +86,19 @@ def test_bad_request_is_refused(name: str, llm: LLM) -> None:
     with pytest.raises(RequestError):
         llm.generate(prompts, SamplingParams(**settings))
     assert llm.engine.core.scheduler.stats.num_steps == steps
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [None], [GREEDY, None], [GREEDY, GREEDY], "greedy", 5])
+def test_params_that_are_none_are_refused(params: Any, llm: LLM) -> None:
+    for ask in (llm.generate, llm.add, lambda prompt, params: next(llm.stream(prompt, params))):
+        with pytest.raises(RequestError):
+            ask([1], params)
+
+
+@pytest.mark.parametrize("messages", [None, 5, b"abc", {"role": "user", "content": "a"}])
+def test_messages_that_are_no_list_are_refused(messages: Any, llm: LLM) -> None:
+    with pytest.raises(RequestError, match="list of messages"):
+        llm.chat(messages)
 
 
 def test_one_bad_prompt_refuses_the_batch_before_anything_runs(llm: LLM) -> None:
