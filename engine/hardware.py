@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -30,18 +31,26 @@ def detect(device: Literal["auto", "cpu", "cuda"]) -> Hardware:
 
 
 def available_memory_bytes() -> int:
-    """Return the bytes that this process can still take: the kernel's own estimate, within its cgroup's limit."""
-    available = 0
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
+    """Return the bytes that this process can still take: the kernel's own estimate, within its cgroup's limit.
+
+    Where the kernel gives none (on macOS), half of the memory there is.
+    """
+    available = _fields(Path("/proc/meminfo")).get("MemAvailable:", 0) * 1024
     if not available:
-        raise ConfigError("the machine's free memory cannot be read from /proc/meminfo; give kv_cache_tokens")
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
     if limit.isdigit():
-        used = _read(Path("/sys/fs/cgroup/memory.current")).strip()
-        available = min(available, int(limit) - int(used or 0))
+        used = int(_read(Path("/sys/fs/cgroup/memory.current")).strip() or 0)
+        # Files read lately count as used and are given up on demand: a model just downloaded, for one.
+        cached = _fields(Path("/sys/fs/cgroup/memory.stat")).get("inactive_file", 0)
+        available = min(available, int(limit) - max(0, used - cached))
     return available
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Return the numbers of a file of lines "name number ..."."""
+    lines = [line.split() for line in _read(path).splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def _read(path: Path) -> str:

@@ -118,6 +118,8 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
         choices.append(
             Choice("max_model_len", f"{max_model_len:,}", f"lowered from {model.max_position:,}: the KV pool")
         )
+    if max_model_len < 2:
+        raise ConfigError(f"max_model_len is {max_model_len}; allowed: at least 2, a token to read and one to generate")
     return ResolvedConfig(
         device=hardware.device,
         dtype=dtype,

@@ -1,0 +1,87 @@
+"""This module holds what becomes of an engine's settings on a given machine. It does not know how they are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from octavo.engine import hardware
+from octavo.engine.config import EngineConfig, ModelConfig
+from octavo.engine.errors import ConfigError
+from octavo.engine.resolve import Hardware, ResolvedConfig, resolve
+
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=256,
+)
+GIB = 2**30
+
+
+def settle(**settings: Any) -> ResolvedConfig:
+    return resolve(EngineConfig.from_settings(settings), MODEL, Hardware("cpu", "a CPU", GIB), num_parameters=10**6)
+
+
+def test_a_context_nobody_asked_for_is_lowered_to_the_pool_and_says_so() -> None:
+    resolved = settle(kv_cache_tokens=100, block_size=16)
+    assert (resolved.num_blocks, resolved.max_model_len) == (6, 96)
+    (choice,) = [choice for choice in resolved.choices if choice.name == "max_model_len"]
+    assert (choice.value, choice.reason) == ("96", "lowered from 256: the KV pool")
+
+
+def test_a_context_asked_for_is_honoured_or_refused() -> None:
+    assert settle(kv_cache_tokens=100, block_size=16, max_model_len=96).max_model_len == 96
+    with pytest.raises(ConfigError, match="max_model_len is 97; allowed: at most the KV pool's 96"):
+        settle(kv_cache_tokens=100, block_size=16, max_model_len=97)
+
+
+@pytest.mark.parametrize("settings", [{"max_model_len": 1}, {"kv_cache_tokens": 1, "block_size": 1}])
+def test_a_context_without_room_for_an_output_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="max_model_len is 1; allowed: at least 2"):
+        settle(**settings)
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "kv_cache_tokens", "max_num_batched_tokens", "max_model_len", "max_num_seqs", "block_size"]
+)
+@pytest.mark.parametrize("value", [pytest.param(10**5000, id="huge"), 2**63, -1, True, 1.5, "1"])
+def test_numbers_that_no_setting_takes(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        settle(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"meminfo": "MemTotal: 9 kB\nMemAvailable:   2048 kB"}, 2 << 20),
+        ({"meminfo": "MemAvailable: 2048 kB", "memory.max": "max\n"}, 2 << 20),
+        ({"meminfo": "MemAvailable: 2048 kB", "memory.max": "1000000\n", "memory.current": "400000\n"}, 600_000),
+        (
+            {
+                "meminfo": "MemAvailable: 2048 kB",
+                "memory.max": "1000000\n",
+                "memory.current": "900000\n",
+                "memory.stat": "anon 100\ninactive_file 700000\n",
+            },
+            800_000,
+        ),
+    ],
+)
+def test_memory_left_is_that_of_the_machine_and_its_cgroup(
+    files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_read", lambda path: files.get(path.name, ""))
+    assert hardware.available_memory_bytes() == expected
+
+
+def test_a_machine_that_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = int(next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line).split()[1])
+    monkeypatch.setattr(hardware, "_read", lambda path: "")
+    assert hardware.available_memory_bytes() == pytest.approx(total * 1024 / 2, rel=0.01)
