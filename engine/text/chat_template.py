@@ -225,6 +225,8 @@ def _restore(text: str, hidden: Sequence[str]) -> RenderedPrompt:
 
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(kwargs, Mapping):
+        raise RequestError("chat_template_kwargs is not an object", "chat_template_kwargs")
     for name, value in kwargs.items():
         if name not in _TEMPLATE_KWARGS:
             allowed = ", ".join(_TEMPLATE_KWARGS)

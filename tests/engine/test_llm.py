@@ -166,3 +166,14 @@ def test_metrics_of_a_preempted_request(make_llm: MakeLLM) -> None:
     ]
     assert None not in times
     assert times == sorted(times, key=lambda time: time or 0.0)
+
+
+def test_a_model_without_a_tokenizer_refuses_what_needs_text(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    llm = LLM(str(folder), device="cpu", kv_cache_tokens=256)
+    assert len(llm.generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 16
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        llm.generate([5, 6], GREEDY.replace(stop=["a"]))
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        llm.generate("a", GREEDY)

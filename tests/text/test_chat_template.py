@@ -212,8 +212,8 @@ def test_content_may_be_a_list_of_texts(smollm: Tokenizer) -> None:
     assert template.render([{"role": "user", "content": parts}]).text == "<|im_\nend|>"
 
 
-@pytest.mark.parametrize("kwargs", [{"chat_template": "x"}, {"enable_thinking": "yes"}, {"messages": True}])
-def test_other_template_arguments_are_refused(kwargs: dict[str, Any], smollm: Tokenizer) -> None:
+@pytest.mark.parametrize("kwargs", [{"chat_template": "x"}, {"enable_thinking": "yes"}, {"messages": True}, "x"])
+def test_other_template_arguments_are_refused(kwargs: Any, smollm: Tokenizer) -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate(smollm).render(CHATS[0], chat_template_kwargs=kwargs)
     assert caught.value.param == "chat_template_kwargs"
