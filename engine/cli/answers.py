@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .batch import Finished
@@ -11,7 +12,7 @@ from .batch import Finished
 if TYPE_CHECKING:
     from ..step import CompletionOutput, LogprobEntry, RequestOutput
 
-__all__ = ["record_of", "to_line"]
+__all__ = ["beyond_text", "record_of", "to_line"]
 
 
 def record_of(finished: Finished) -> dict[str, Any]:
@@ -34,6 +35,12 @@ def to_line(record: dict[str, Any]) -> bytes:
     """Return a record as one line of UTF-8, whatever its texts hold."""
     # A lone surrogate cannot be encoded; written out it is the JSON escape of itself.
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+
+
+def beyond_text(sampling: Mapping[str, Any]) -> list[str]:
+    """Return those sampling parameters that ask for something a line of JSONL holds and plain text cannot."""
+    asked = [name for name in ("logprobs", "prompt_logprobs", "return_hidden_states") if sampling.get(name) is not None]
+    return asked + ["no detokenize"] * (sampling.get("detokenize") is False)
 
 
 def _answer(answer: CompletionOutput) -> dict[str, Any]:

@@ -1,15 +1,38 @@
-"""This module holds the list of verbs. It does not know what they do."""
+"""This module holds the list of verbs and the look of their help. It does not know what they do."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
+from typer.core import TyperCommand
 
 from .chat import chat
 from .flags import with_flags
 from .generate import generate
-from .help import GroupedCommand
 
 __all__ = ["app"]
+
+
+class GroupedCommand(TyperCommand):
+    """A verb whose help never cuts a flag's name, however narrow the terminal; `rich_help_panel` names the sections."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write all sections, in the order of their first flag."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None or param.param_type_name == "argument":
+                continue
+            names, text = record
+            name = param.opts[0].removeprefix("--")
+            if param.secondary_opts == [f"--no-{name}"]:
+                names = f"--[no-]{name}"
+            sections.setdefault(getattr(param, "rich_help_panel", None) or "Options", []).append((names, text))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
 
 app = typer.Typer(
     help="octavo, an LLM inference engine.",

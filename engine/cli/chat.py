@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import RequestError
 from ..sampling_params import SamplingParams
+from .answers import beyond_text
 from .endings import FAILED, OK, Interrupt
 from .flags import Options, parameter_from_text
 from .startup_lines import start_llm
@@ -40,6 +42,7 @@ def chat(
 
     Without a terminal, each line of stdin is a message and stdout gets the answers.
     """
+    _check_shown(options.sampling)
     llm = start_llm(options.config, quiet=options.quiet)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     conversation = Conversation(llm, options.sampling, system)
@@ -77,13 +80,16 @@ class Conversation:
 
         What was not answered at all is not kept, so that it can be said again in other words.
         """
+        if any("\udc80" <= each <= "\udcff" for each in text):
+            error_line("the message is not UTF-8")
+            return False
         self.messages.append({"role": "user", "content": text})
         output: RequestOutput | None = None
         num_shown = 0
         error = None
         with Interrupt() as interrupt:
             try:
-                answers = self._llm.stream(self.messages, SamplingParams.from_mapping(self._sampling | {"n": 1}))
+                answers = self._llm.stream(self.messages, SamplingParams.from_mapping(self._sampling))
                 for output in answers:
                     show(output.outputs[0].text[num_shown:], end="")
                     num_shown = len(output.outputs[0].text)
@@ -120,7 +126,8 @@ class Conversation:
         elif name == "/system":
             self._system = argument or None
             self._reset()
-            stderr().print("(system message set, the conversation starts afresh)", style="dim")
+            what = "set" if argument else "is the model's own"
+            stderr().print(f"(system message {what}, the conversation starts afresh)", style="dim")
         elif name == "/params":
             self._set(argument)
         else:
@@ -135,7 +142,9 @@ class Conversation:
             if argument and not equals:
                 raise RequestError(f"/params {argument} has no =; write /params temperature=0.7")
             if text:
-                self._sampling |= {name: parameter_from_text(name, text)}
+                changed = self._sampling | {name: parameter_from_text(name, text)}
+                _check_shown(changed)
+                self._sampling = changed
             elif argument:
                 SamplingParams.from_mapping({name: None})
                 self._sampling.pop(name, None)
@@ -165,8 +174,18 @@ class Conversation:
         return "cut at max_tokens; /params max_tokens= allows all that the context holds"
 
 
+def _check_shown(sampling: Mapping[str, Any]) -> None:
+    """Refuse what a conversation has no place for."""
+    hidden = (["n"] if sampling.get("n", 1) != 1 else []) + beyond_text(sampling)
+    if hidden:
+        raise RequestError(f"a chat shows one text and cannot show {', '.join(hidden)}; use octavo generate --chat")
+
+
 def _lines(is_interactive: bool) -> Iterator[str]:
     """Yield what the user says, line by line, until the end of input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # As in a C locale: bytes that are no UTF-8 spoil one message, not the conversation.
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not is_interactive:
         for line in sys.stdin:
             yield line.strip()

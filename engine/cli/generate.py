@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .answers import record_of, to_line
+from .answers import beyond_text, record_of, to_line
 from .batch import Finished, run_batch
 from .endings import FAILED, INTERRUPTED, OK, Interrupt
 from .flags import Options
@@ -55,7 +55,12 @@ def generate(
     ] = False,
     text: Annotated[
         bool | None,
-        typer.Option("--text/--jsonl", help="How to print answers; not given: as text on a terminal, else as JSONL."),
+        typer.Option(
+            "--text/--jsonl",
+            help="How to print answers; not given: as text on a terminal unless more than text is asked for, else as "
+            "JSONL.",
+            show_default=False,
+        ),
     ] = None,
     *,
     options: Options,
@@ -64,6 +69,7 @@ def generate(
 
     Answers come in the order of the prompts.
     """
+    as_text = _is_text(text, output, options)
     with ExitStack() as stack:
         requests, total = _requests(stack, prompts or [], input, options, chat)
         # Before the model is loaded: what is wrong with the input or the output costs no time then.
@@ -83,8 +89,17 @@ def generate(
         llm = start_llm(options.config, quiet=options.quiet)
         if results is not None:
             results.begin(_found_settings(llm))
-        as_text = results is None and (sys.stdout.isatty() if text is None else text)
         return _run(llm, requests, todo, results, total, as_text=as_text, quiet=options.quiet)
+
+
+def _is_text(text: bool | None, output: Path | None, options: Options) -> bool:
+    """Return whether answers are printed as text, refusing what could not be seen there."""
+    wanted = beyond_text(options.sampling)
+    if text and output is not None:
+        raise ConfigError("--text and --output are both given; --output is always JSONL, leave one out")
+    if text and wanted:
+        raise ConfigError(f"--text cannot show {', '.join(wanted)}; use --jsonl")
+    return output is None and not wanted and (sys.stdout.isatty() if text is None else text)
 
 
 def _requests(

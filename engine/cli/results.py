@@ -50,7 +50,13 @@ class ResultFile:
         if not path.parent.is_dir():
             raise ConfigError(f"--output {path}: there is no folder {path.parent}")
         self._settings_path = path.with_name(path.name + ".settings.json")
-        self._settings_file = self._settings_path.open("a+b")
+        try:
+            self._settings_file = self._settings_path.open("a+b")
+        except OSError as error:
+            raise ConfigError(
+                f"--output {path}: {self._settings_path.name}, which is kept beside it, cannot be written: "
+                f"{error.strerror}"
+            ) from None
         try:
             fcntl.flock(self._settings_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -84,6 +84,32 @@ def test_params_change_the_answer(chat: Chat) -> None:
     assert len(set(letter)) == 1
 
 
+@pytest.mark.parametrize("words", [("--n", "2"), ("--logprobs", "1"), ("--no-detokenize",)])
+def test_what_a_chat_cannot_show_is_refused(chat: Chat, words: tuple[str, ...]) -> None:
+    ran = chat("hi\n", *words)
+    assert (ran.status, ran.out) == (2, "")
+    assert f"cannot show {words[0].removeprefix('--').replace('-', ' ')}; use octavo generate --chat" in ran.err
+
+
+def test_what_a_chat_cannot_show_is_not_set(chat: Chat) -> None:
+    ran = chat("/params n=2\n/params\nhi\n", "--max-tokens", "2")
+    assert ran.status == 0
+    assert "cannot show n;" in ran.err.splitlines()[0]
+    assert "n=2" not in ran.err.splitlines()[1]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_spoil_one_message(
+    chat: Chat, asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"one\nx\xffy\ntwo\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(io, "StringIO", lambda lines: stdin)
+    ran = chat("", "--max-tokens", "2")
+    assert ran.status == 1
+    assert "error: the message is not UTF-8" in ran.err
+    assert [messages[-1]["content"] for messages in asked] == ["one", "two"]
+
+
 def test_help_and_unknown_commands(chat: Chat) -> None:
     ran = chat("/help\n/sing\n")
     assert "/system TEXT" in ran.err

@@ -138,6 +138,8 @@ def test_every_flag_is_explained(octavo: Run) -> None:
         assert re.search(rf"--(\[no-\])?{name.replace('_', '-')}\b[^\n]*\n?\s+\S", text), name
     for title in ("Sampling:", "Model and device:", "KV cache:", "Scheduling:", "Other:"):
         assert title in text
+    assert "--text / --jsonl" in text
+    assert "--[no-]chat" in text
     assert "…" not in text
     assert flags.FILE_ONLY == ("seed",)
 

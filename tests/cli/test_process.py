@@ -68,6 +68,12 @@ def test_a_terminal_shows_prompts_answers_and_where_the_seconds_went(model_folde
     assert "2 stopped at max_tokens" in plain
 
 
+def test_a_terminal_gets_jsonl_where_more_than_text_is_wanted(model_folder: Path) -> None:
+    status, text = on_a_terminal(words_for(model_folder, "A", "--logprobs", "1", "--max-tokens", "2", "--quiet"))
+    assert status == 0
+    assert len(json.loads(text)["outputs"][0]["logprobs"]) == 2
+
+
 def test_escapes_of_a_model_do_not_reach_the_terminal(model_folder: Path) -> None:
     escape = json.loads((model_folder / "tokenizer.json").read_text())["model"]["vocab"]["ě"]
     words = ("A", "--logit-bias", json.dumps({escape: 100}), "--max-tokens", "2", "--quiet")
