@@ -80,6 +80,8 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     """
     choices: list[Choice] = []
     dtype = _dtype(config, model, hardware, choices)
+    if config.invariant and dtype != "float32":
+        raise ConfigError(f"invariant is set and dtype is {dtype}; allowed: float32, the only one it is proved for")
     backend: BackendName = "torch"
     if config.backend != "auto":
         backend = config.backend

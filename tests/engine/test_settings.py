@@ -85,3 +85,10 @@ def test_a_machine_that_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatc
     total = int(next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line).split()[1])
     monkeypatch.setattr(hardware, "_read", lambda path: "")
     assert hardware.available_memory_bytes() == pytest.approx(total * 1024 / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_invariant_mode_is_refused_where_it_is_not_proved(dtype: str) -> None:
+    assert settle(invariant=True).dtype == "float32"
+    with pytest.raises(ConfigError, match=rf"dtype is {dtype}; allowed: float32"):
+        settle(invariant=True, dtype=dtype)
