@@ -221,7 +221,7 @@ class EngineConfig:
     invariant: bool = False
     """Bit-equal tokens and logprobs whatever the batch, chunking, cache or preemption; slower."""
     generation_config: Literal["auto", "none"] = "auto"
-    """auto: sampling defaults from the checkpoint's generation_config.json; none: octavo's own."""
+    """auto: the sampling defaults that come with the model, where it has any; none: octavo's own."""
     seed: int = 0
     """Where the seeds of requests that give none come from."""
     cache: CacheConfig = field(default_factory=CacheConfig)

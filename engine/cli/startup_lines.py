@@ -83,7 +83,7 @@ def _lines(engine: Engine, seconds: float) -> list[tuple[str, str]]:
     lines += [(f"{seconds:6.2f} s  ready", "green")]
     lines += [(f"  {choice.name} {choice.value}: {choice.reason}", "dim") for choice in engine.resolved.choices]
     if engine.config.generation_config == "auto" and (found := _sampling_defaults(engine.generation_config)):
-        lines.append((f"  {found}: the checkpoint's sampling defaults (--generation-config none: octavo's own)", "dim"))
+        lines.append((f"  {found}: the model's sampling defaults (--generation-config none: octavo's own)", "dim"))
     return lines
 
 

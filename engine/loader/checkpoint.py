@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 
 from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError, ConfigError
-from .bundled import BUNDLED, bundled_path
+from .bundled import BUNDLED, BUNDLED_SAMPLING, bundled_path
 from .dummy import fill_dummy
 from .gguf import open_gguf
 from .gguf_config import ROPE_FACTORS, parse_gguf_configs, tokenizer_metadata
@@ -175,7 +175,7 @@ def resolve_model(name: str, *, load_format: Literal["auto", "dummy"] = "auto", 
     """
     dummy = load_format == "dummy"
     if name in BUNDLED:
-        return _open_gguf_checkpoint(name, bundled_path(name), dummy, seed)
+        return _open_gguf_checkpoint(name, bundled_path(name), dummy, seed, BUNDLED_SAMPLING[name])
     path = Path(name)
     try:
         is_file, is_folder = path.is_file(), name != "" and path.is_dir()
@@ -203,14 +203,16 @@ def _open_folder(name: str, folder: Path, dummy: bool, seed: int) -> Checkpoint:
     return Checkpoint(name, configs, store=store, sources=sources, ignored=ignored, tokenizer=tokenizer, seed=seed)
 
 
-def _open_gguf_checkpoint(name: str, path: Path, dummy: bool, seed: int) -> Checkpoint:
+def _open_gguf_checkpoint(
+    name: str, path: Path, dummy: bool, seed: int, sampling: Mapping[str, Any] | None = None
+) -> Checkpoint:
     store = open_gguf(path)
-    configs = parse_gguf_configs(store.metadata, store)
+    model_config, generation_config = parse_gguf_configs(store.metadata, store)
     return Checkpoint(
         name,
-        configs,
+        (model_config, replace(generation_config, **(sampling or {}))),
         store=None if dummy else store,
-        sources=gguf_sources(configs[0]),
+        sources=gguf_sources(model_config),
         ignored=(ROPE_FACTORS,),
         tokenizer=tokenizer_metadata(store.metadata),
         seed=seed,

@@ -111,3 +111,9 @@ def test_importing_and_resolving_does_not_import_transformers_or_the_bundled_pac
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_bundled_model_is_sampled_as_its_authors_advise() -> None:
+    checkpoint = resolve_model("smollm2-135m")
+    assert (checkpoint.generation_config.temperature, checkpoint.generation_config.top_p) == (0.2, 0.9)
+    assert checkpoint.generation_config.eos_token_ids == (2,)
