@@ -23,6 +23,7 @@ __all__ = [
     "available_backends",
     "current_backend",
     "implementation",
+    "interpreted",
     "override",
     "use_backend",
 ]
@@ -65,25 +66,31 @@ active: Final = _Active()
 _chosen: Backend | None = None
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors and slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _why_not(backend: Backend) -> str | None:
     """Return the reason why a backend cannot run on this machine, or None where it can."""
     if backend == "torch":
         return None
-    missing = [op for op, modules in OPS.items() if "triton" not in modules]
-    if missing:
-        return f"there is no Triton kernel yet for {', '.join(missing)}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         return None
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device is visible and TRITON_INTERPRET=1 is not set"
 
 
-def available_backends() -> tuple[Backend, ...]:
-    """Return the backends that can run on this machine, the fastest first."""
-    return tuple(backend for backend in get_args(Backend) if _why_not(backend) is None)
+def available_backends(*ops: str) -> tuple[Backend, ...]:
+    """Return the backends that can run these ops (none named: all of them) on this machine, the fastest first."""
+    return tuple(
+        backend
+        for backend in get_args(Backend)
+        if _why_not(backend) is None and all(backend in OPS[op] for op in ops or OPS)
+    )
 
 
 def implementation(op: str, backend: Backend) -> Implementation:
@@ -100,11 +107,15 @@ def implementation(op: str, backend: Backend) -> Implementation:
 
 
 def current_backend() -> Backend:
-    """Return the backend in force, choosing (and logging the choice, once) where nobody has chosen."""
+    """Return the backend in force, choosing (and logging the choice, once) where nobody has chosen.
+
+    The interpreter is for tests and debugging, so it is never chosen automatically.
+    """
     global _chosen
     if _chosen is None:
-        _chosen = available_backends()[0]
-        reason = "the fastest available" if _chosen == "triton" else f"triton cannot run: {_why_not('triton')}"
+        reason = "only the interpreter could run triton" if interpreted() else _why_not("triton")
+        _chosen = "torch" if reason else available_backends()[0]
+        reason = f"triton cannot run: {reason}" if reason else "the fastest available"
         _log.info("backend %s chosen automatically (%s)", _chosen, reason)
     return _chosen
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from octavo.kernels import plan_paged_attention
+from octavo.kernels.attention import AttentionOp, plan_paged_attention
 
 from ..layers.attention import AttentionMetadata, AttentionSlice
 from ..step import SchedulerOutput
@@ -20,7 +20,9 @@ def build_attention_metadata(
     inputs: StepInputs,
     *,
     block_size: int,
+    num_q_heads: int,
     num_kv_heads: int,
+    head_dim: int,
     device: torch.device,
     invariant: bool,
 ) -> AttentionMetadata:
@@ -30,22 +32,34 @@ def build_attention_metadata(
         invariant: plan for bits that do not depend on neighbours, chunks or cache hits.
     """
 
-    def part(start: int, stop: int) -> AttentionSlice | None:
+    def part(op: AttentionOp, start: int, stop: int) -> AttentionSlice | None:
         if start == stop:
             return None
         cu_seqlens_q = torch.from_numpy(inputs.cu_seqlens_q[start : stop + 1] - inputs.cu_seqlens_q[start])
         seq_lens = torch.from_numpy(inputs.seq_lens[start:stop])
         num_columns = -(-int(inputs.seq_lens[start:stop].max()) // block_size)
         block_table = torch.from_numpy(np.ascontiguousarray(inputs.block_table[start:stop, :num_columns]))
+        cu_seqlens_q, seq_lens, block_table = (x.to(device) for x in (cu_seqlens_q, seq_lens, block_table))
+        query_lens = step.num_scheduled_tokens[start:stop]
         plan = plan_paged_attention(
-            cu_seqlens_q, seq_lens, block_table, block_size=block_size, num_kv_heads=num_kv_heads, invariant=invariant
+            cu_seqlens_q,
+            seq_lens,
+            block_table,
+            op=op,
+            num_tokens=int(query_lens.sum()),
+            max_query_len=int(query_lens.max()),
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            invariant=invariant,
         )
-        return AttentionSlice(cu_seqlens_q.to(device), seq_lens.to(device), block_table.to(device), plan)
+        return AttentionSlice(cu_seqlens_q, seq_lens, block_table, plan)
 
     return AttentionMetadata(
         positions=torch.from_numpy(inputs.positions).to(device),
         slot_mapping=torch.from_numpy(inputs.slot_mapping).to(device),
         num_decode_tokens=step.num_decode_tokens,
-        decode=part(0, step.num_decodes),
-        prefill=part(step.num_decodes, len(step.rows)),
+        decode=part("decode", 0, step.num_decodes),
+        prefill=part("prefill", step.num_decodes, len(step.rows)),
     )

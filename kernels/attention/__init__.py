@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..dispatch import active
 
-__all__ = ["paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"]
+__all__ = ["AttentionOp", "paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"]
+
+AttentionOp = Literal["prefill", "decode"]
 
 
 def plan_paged_attention(
@@ -23,22 +25,44 @@ def plan_paged_attention(
     seq_lens: Tensor,
     block_table: Tensor,
     *,
-    block_size: int,
+    op: AttentionOp,
+    num_tokens: int,
+    max_query_len: int,
+    num_q_heads: int,
     num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_splits: int | None = None,
     invariant: bool = False,
 ) -> Any:
-    """Prepare one attention call for all layers of a step; pass the result as `plan` or `worklist`.
+    """Prepare one attention call for all layers of a step; pass the result as `plan` (decode) or `worklist` (prefill).
 
     Args:
         cu_seqlens_q: [num_seqs + 1] int32.  seq_lens: [num_seqs] int32, each at least its query length.
         block_table: [num_seqs, max_blocks_per_seq] int32.
+        op: which of the two ops the plan is for.
+        num_tokens: query rows of all sequences, or more: known to the caller, so that no device is asked.
+        max_query_len: no sequence has more query rows.
+        max_splits: how many 512-token splits the sequences have together at most; bounds the scratch. None: what
+            the shapes allow.
         invariant: a row's bits shall depend on its own prefix alone, not on neighbours, chunks or cache hits.
 
     Returns:
         What the backend in force wants to know; opaque to callers.
     """
     return active["plan_paged_attention"](
-        cu_seqlens_q, seq_lens, block_table, block_size=block_size, num_kv_heads=num_kv_heads, invariant=invariant
+        cu_seqlens_q,
+        seq_lens,
+        block_table,
+        op=op,
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        max_splits=max_splits,
+        invariant=invariant,
     )
 
 

@@ -21,13 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["SPLIT_TOKENS", "TILE_ROWS", "PagedPlan", "attend", "plan_paged_attention"]
+if TYPE_CHECKING:
+    from . import AttentionOp
+
+__all__ = ["SPLIT_TOKENS", "TILE_ROWS", "PagedPlan", "attend", "plan_blocks", "plan_paged_attention"]
 
 SPLIT_TOKENS: Final = 512
 TILE_ROWS: Final = 16
@@ -109,17 +112,32 @@ def plan_paged_attention(
     seq_lens: Tensor,
     block_table: Tensor,
     *,
+    op: AttentionOp,
+    num_tokens: int,
+    max_query_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_splits: int | None = None,
+    invariant: bool = False,
+) -> PagedPlan:
+    """See `octavo.kernels.plan_paged_attention`: one plan serves both ops here, and only lengths and blocks shape it."""
+    return plan_blocks(
+        cu_seqlens_q, seq_lens, block_table, block_size=block_size, num_kv_heads=num_kv_heads, invariant=invariant
+    )
+
+
+def plan_blocks(
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    *,
     block_size: int,
     num_kv_heads: int,
     invariant: bool = False,
 ) -> PagedPlan:
-    """Plan one attention call of the torch backend for all layers of a step.
-
-    Args:
-        cu_seqlens_q: [num_seqs + 1] int32.  seq_lens: [num_seqs] int32, at least the query lengths.
-        block_table: [num_seqs, max_blocks_per_seq] int32.
-        invariant: make a row's bits independent of neighbours, chunks and cache hits.
-    """
+    """Plan how the blocks of one attention call are walked."""
     starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
     single_token: list[int] = []
     singles: list[_Single] = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_attention, check_shape
-from .gather import PagedPlan, attend, plan_paged_attention
+from .gather import PagedPlan, attend, plan_blocks
 
 __all__ = ["MAX_DECODE_QUERY_LEN", "paged_attention_decode", "paged_attention_prefill"]
 
@@ -54,9 +54,7 @@ def _plan(cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor, k_cache: 
     """Plan for one call; None where some sequence has query rows before its first key, which see nothing."""
     if (cu_seqlens_q.diff() > seq_lens).any():
         return None
-    return plan_paged_attention(
-        cu_seqlens_q, seq_lens, block_table, block_size=k_cache.shape[2], num_kv_heads=k_cache.shape[1]
-    )
+    return plan_blocks(cu_seqlens_q, seq_lens, block_table, block_size=k_cache.shape[2], num_kv_heads=k_cache.shape[1])
 
 
 def _gather(cache: Tensor, scale: Tensor | float | None, blocks: Tensor, dtype: torch.dtype) -> Tensor:

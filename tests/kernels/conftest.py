@@ -10,7 +10,13 @@ from octavo.kernels.dispatch import Backend, available_backends, use_backend
 from .allocation import poisoned_allocations
 
 
-@pytest.fixture(params=available_backends())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for `backend` on every backend that can run the ops its module names in OPS (none: all)."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", available_backends(*getattr(metafunc.module, "OPS", ())), indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with use_backend(request.param), poisoned_allocations():
         yield request.param

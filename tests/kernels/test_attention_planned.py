@@ -37,8 +37,13 @@ def _planned(op: str, invariant: bool, q: torch.Tensor, k_cache: torch.Tensor, v
         kw["cu_seqlens_q"],
         kw["seq_lens"],
         kw["block_table"],
-        block_size=k_cache.shape[2],
+        op="prefill" if op == PREFILL else "decode",
+        num_tokens=len(q),
+        max_query_len=int(kw["cu_seqlens_q"].diff().max()),
+        num_q_heads=q.shape[1],
         num_kv_heads=k_cache.shape[1],
+        head_dim=q.shape[2],
+        block_size=k_cache.shape[2],
         invariant=invariant,
     )
     function = dispatch.implementation(op, "torch")
