@@ -122,7 +122,7 @@ def plan_paged_attention(
     max_splits: int | None = None,
     invariant: bool = False,
 ) -> PagedPlan:
-    """See `octavo.kernels.plan_paged_attention`: one plan serves both ops here, and only lengths and blocks shape it."""
+    """See `octavo.kernels.plan_paged_attention`: one plan serves both ops, shaped by lengths and blocks alone."""
     return plan_blocks(
         cu_seqlens_q, seq_lens, block_table, block_size=block_size, num_kv_heads=num_kv_heads, invariant=invariant
     )
