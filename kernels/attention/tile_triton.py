@@ -1,0 +1,125 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""This module holds what attention does with one tile of keys. It does not know what rows attend to it.
+
+Scores, maxima and sums are float32 and to base 2: exp(x) is exp2(x · LOG2E), so that the softmax scale and LOG2E fold
+into one factor and every exponential is one instruction.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["LN2", "LOG2E", "capped", "check_supported", "finish", "key_rows", "load_rows", "softmax_step"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BLOCK_SIZES = (16, 32, 64, 128)
+_MIN_HEAD_DIM, _MAX_HEAD_DIM = 16, 256
+
+
+@triton.jit
+def key_rows(p_blocks, o_key, BLOCK_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return where each key's row starts in one KV head's part of the pool, in elements: [BLOCK_N] int64.
+
+    One block id per key, not per block: a reshape of ids to keys would lose what is known of their alignment, and with
+    it every wide load. Ids are int64 before they are multiplied.
+
+    Args:
+        p_blocks: the sequence's row of the block table.
+        o_key: [BLOCK_N] positions, each of them a key that some row sees: what lies elsewhere may be NaN.
+    """
+    b_block = tl.load(p_blocks + o_key // BLOCK_SIZE).to(tl.int64)  # [BLOCK_N]
+    return b_block * BLOCK_STRIDE + (o_key % BLOCK_SIZE) * HEAD_DIM
+
+
+@triton.jit
+def load_rows(p_rows, o_row, m_row, o_dim, HEAD_DIM: tl.constexpr):
+    """Return rows of head_dim elements, zeros past head_dim and where a row is masked: [rows, BLOCK_D].
+
+    Args:
+        p_rows: where offset 0 is.  o_row: [rows], where each row starts, in elements.
+        m_row: [rows] bool, or None: all.  o_dim: [BLOCK_D], no mask where BLOCK_D is head_dim.
+    """
+    p_tile = p_rows + o_row[:, None] + o_dim[None, :]  # [rows, BLOCK_D]
+    if o_dim.shape[0] == HEAD_DIM:
+        if m_row is None:
+            return tl.load(p_tile)
+        else:
+            return tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    else:
+        m_dim = o_dim[None, :] < HEAD_DIM
+        if m_row is None:
+            return tl.load(p_tile, mask=m_dim, other=0.0)
+        else:
+            return tl.load(p_tile, mask=m_row[:, None] & m_dim, other=0.0)
+
+
+@triton.jit
+def capped(b_scores, factor, soft_cap):
+    """Return soft_cap · tanh(b_scores · factor) · LOG2E, tanh by one exponential: [rows, BLOCK_N].
+
+    Args:
+        factor: scale / soft_cap.
+    """
+    # tanh(x) = 1 - 2 / (exp(2x) + 1), right in both limits: the exponential becomes 0, or infinite.
+    b_exp = tl.math.exp2(b_scores * (factor * (2 * LOG2E)))
+    return (1.0 - 2.0 / (b_exp + 1.0)) * (soft_cap * LOG2E)
+
+
+@triton.jit
+def softmax_step(b_scores, b_max, b_sum, factor, MASKED: tl.constexpr):
+    """Take one tile of scores into a running softmax.
+
+    Args:
+        b_scores: [rows, BLOCK_N], -inf where a row does not see a key.
+        b_max, b_sum: [rows], of exp2(score · factor) over the keys so far, the sum relative to the maximum.
+        factor: above 0; makes the scores ones to base 2.
+        MASKED: whether a row may have seen nothing, this tile included.
+
+    Returns:
+        The tile's weights [rows, BLOCK_N], what the accumulator is to be multiplied with [rows], new maximum and sum.
+    """
+    b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * factor)
+    b_shift = b_new_max
+    if MASKED:
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # -inf - -inf is NaN
+    b_weights = tl.math.exp2(b_scores * factor - b_shift[:, None])
+    b_rescale = tl.math.exp2(b_max - b_shift)
+    return b_weights, b_rescale, b_new_max, b_sum * b_rescale + tl.sum(b_weights, 1)
+
+
+@triton.jit
+def finish(b_acc, b_max, b_sum):
+    """Return the attended values [rows, BLOCK_D] and the natural log of the denominator [rows].
+
+    A row that has seen nothing gives zeros and -inf.
+    """
+    m_empty = b_sum == 0.0
+    b_divisor = tl.where(m_empty, 1.0, b_sum)
+    b_lse = tl.where(m_empty, float("-inf"), (b_max + tl.math.log2(b_divisor)) * LN2)
+    return b_acc * (1.0 / b_divisor)[:, None], b_lse
+
+
+def check_supported(q: Tensor, k_cache: Tensor, out: Tensor | None) -> None:
+    """Check what the kernels cannot do and the reference can; the rest is `check_attention`'s.
+
+    Raises:
+        ValueError: names the argument, what it is and what is allowed.
+    """
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"q is {q.dtype}; the triton backend takes float32, float16 and bfloat16")
+    if k_cache.dtype != q.dtype:
+        raise ValueError(f"k_cache is {k_cache.dtype}; the triton backend takes a cache of q's dtype, {q.dtype}")
+    block_size, head_dim = k_cache.shape[2:]
+    if block_size not in _BLOCK_SIZES:
+        raise ValueError(f"block_size is {block_size}; the triton backend takes {', '.join(map(str, _BLOCK_SIZES))}")
+    if not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}; the triton backend takes {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}")
+    for name, x in (("q", q), ("out", out)):
+        # Only rows may lie apart, as in a view into a fused projection.
+        if x is not None and x.numel() and not x[0].is_contiguous():
+            raise ValueError(f"{name} has strides {x.stride()}; the triton backend needs contiguous rows")
