@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from octavo.kernels.attention import AttentionOp, plan_paged_attention
 
+from ..config import ModelConfig
 from ..layers.attention import AttentionMetadata, AttentionSlice
 from ..step import SchedulerOutput
 from .input_batch import StepInputs
@@ -18,11 +19,9 @@ __all__ = ["build_attention_metadata"]
 def build_attention_metadata(
     step: SchedulerOutput,
     inputs: StepInputs,
+    model: ModelConfig,
     *,
     block_size: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
     device: torch.device,
     invariant: bool,
 ) -> AttentionMetadata:
@@ -48,9 +47,9 @@ def build_attention_metadata(
             op=op,
             num_tokens=int(query_lens.sum()),
             max_query_len=int(query_lens.max()),
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            num_q_heads=model.num_q_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
             block_size=block_size,
             invariant=invariant,
         )

@@ -66,10 +66,8 @@ class ModelRunner:
         metadata = build_attention_metadata(
             step,
             inputs,
+            self.model.config,
             block_size=self._block_size,
-            num_q_heads=self.model.config.num_q_heads,
-            num_kv_heads=self.model.config.num_kv_heads,
-            head_dim=self.model.config.head_dim,
             device=self.model.device,
             invariant=self._invariant,
         )

@@ -31,14 +31,12 @@ def quantise_e4m3(x: Tensor, scale: Tensor | float) -> Tensor:
 def _norm_and_rotate(
     x: Tensor, norm: Tensor | None, eps: float, factors: tuple[Tensor, Tensor] | None, style: RopeStyle
 ) -> Tensor:
-    """Return x normalised and rotated, computed in float32 at least; x itself, changed, where it is in that dtype."""
+    """Return x normalised and rotated, computed in float32 at least; a norm changes an x that is in that dtype."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm is not None:
         inverse = y.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         y.mul_(inverse).mul_(norm.to(y.dtype))
-    if factors is not None:
-        rotate(y, *factors, style)
-    return y
+    return y if factors is None else rotate(y, *factors, style)
 
 
 class WritePlan(NamedTuple):
@@ -88,12 +86,9 @@ def _rotate_together(q: Tensor, k: Tensor, factors: tuple[Tensor, Tensor], style
         and k.storage_offset() == q.storage_offset() + num_q_heads * head_dim
     )
     if not side_by_side:
-        k = k.clone()
-        rotate(q, *factors, style)
-        rotate(k, *factors, style)
-        return k
-    both = q.as_strided((num_tokens, num_heads, head_dim), q.stride()).clone()
-    rotate(both, *factors, style)
+        q.copy_(rotate(q, *factors, style))
+        return rotate(k, *factors, style)
+    both = rotate(q.as_strided((num_tokens, num_heads, head_dim), q.stride()), *factors, style)
     q.copy_(both[:, :num_q_heads])
     return both[:, num_q_heads:]
 

@@ -125,33 +125,33 @@ def build_cos_sin(
 
 
 def rotation_factors(rows: Tensor, style: RopeStyle) -> tuple[Tensor, Tensor]:
-    """Split rows of the table into what `rotate` multiplies by.
+    """Spread rows of the table to what `rotate` multiplies by.
 
     Args:
         rows: [num_tokens, rotary_dim], cosines then sines.
         style: neox pairs (i, i + rotary_dim / 2), interleaved pairs (2i, 2i + 1).
 
     Returns:
-        cos and ±sin, shaped to broadcast over [num_tokens, heads, 2, rotary_dim / 2] (neox) or
-        [num_tokens, heads, rotary_dim / 2, 2] (interleaved).
+        cos, and sin with a minus for the first of each pair, [num_tokens, 1, rotary_dim] each.
     """
     cos, sin = rows[:, None].unflatten(-1, (2, -1)).unbind(2)
-    pair = -2 if style == "neox" else -1
-    return cos.unsqueeze(pair), torch.stack((-sin, sin), dim=pair)
+    if style == "neox":
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
 
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, style: RopeStyle) -> None:
-    """Rotate the first rotary_dim elements of every head of `x` in place.
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, style: RopeStyle) -> Tensor:
+    """Return x with the first rotary_dim elements of every head rotated.
 
-    The pair (a, b) becomes (a cos - b sin, b cos + a sin): x · cos plus the swapped pairs times (-sin, sin), which is
-    four operations instead of nine.
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin): x · cos plus the swapped pairs · (-sin, sin), in three
+    operations, as each costs more than its arithmetic where few tokens are rotated.
 
     Args:
         x: [num_tokens, heads, head_dim], of cos's dtype.
         cos, signed_sin: from `rotation_factors`.
     """
-    pair = -2 if style == "neox" else -1
-    half = cos.shape[-1 if style == "neox" else -2]
-    pairs = x[..., : 2 * half].unflatten(-1, (2, half) if style == "neox" else (half, 2))
-    swapped = pairs.flip(pair).mul_(signed_sin)
-    pairs.mul_(cos).add_(swapped)
+    rotary_dim = cos.shape[-1]
+    part = x[..., :rotary_dim]
+    swapped = part.roll(rotary_dim // 2, -1) if style == "neox" else part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    rotated = torch.addcmul(part * cos, swapped, signed_sin)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)

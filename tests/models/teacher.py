@@ -105,8 +105,8 @@ def teacher_forced_logits(
         metadata = build_attention_metadata(
             step,
             inputs,
+            decoder.config,
             block_size=block_size,
-            num_kv_heads=decoder.config.num_kv_heads,
             device=CPU,
             invariant=invariant,
         )
