@@ -8,6 +8,12 @@ import pytest
 from octavo.kernels.dispatch import Backend, available_backends, use_backend
 
 from .allocation import poisoned_allocations
+from .calls import INTERPRETER
+
+if INTERPRETER:
+    from .interpreter import install
+
+    install()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
