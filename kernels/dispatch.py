@@ -24,6 +24,7 @@ __all__ = [
     "current_backend",
     "implementation",
     "interpreted",
+    "launching_nothing",
     "override",
     "use_backend",
 ]
@@ -64,6 +65,7 @@ class _Active(dict[str, Implementation]):
 
 active: Final = _Active()
 _chosen: Backend | None = None
+_launching_nothing = False
 
 
 def interpreted() -> bool:
@@ -77,7 +79,7 @@ def _why_not(backend: Backend) -> str | None:
         return None
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if interpreted():
+    if interpreted() or _launching_nothing:
         return None
     import torch
 
@@ -157,6 +159,17 @@ def use_backend(name: Backend) -> _Selection:
     selection = _Selection(_chosen)
     _set(name)
     return selection
+
+
+@contextmanager
+def launching_nothing() -> Iterator[None]:
+    """Let the triton backend be chosen without a GPU: the caller records launches and reads no result (`aot`)."""
+    global _launching_nothing
+    _launching_nothing = True
+    try:
+        yield
+    finally:
+        _launching_nothing = False
 
 
 @contextmanager

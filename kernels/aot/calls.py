@@ -1,0 +1,322 @@
+"""This module holds the calls of ops that an engine makes, shaped as it makes them. It does not know any kernel.
+
+The tensors are on the "meta" device: they have a shape and an address (a multiple of 16, as an allocator's are, plus a
+view's offset) and hold nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import (
+    copy_blocks,
+    gated_activation,
+    layer_norm,
+    log_softmax_top,
+    paged_attention_decode,
+    paged_attention_prefill,
+    plan_paged_attention,
+    plan_write_kv,
+    rms_norm,
+    sample,
+    ungated_activation,
+    write_kv,
+)
+from ..dispatch import OPS
+from ..sampling import AllowedTokens, BannedTokens, LogitBias, Penalties, SampleParams
+from .targets import Model
+
+__all__ = ["Call", "Settings", "engine_calls", "missing_ops"]
+
+MAX_DECODE_QUERY_LEN = 16
+"""Rows of one sequence that the decode op takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an engine's configuration adds to its model's sizes."""
+
+    block_size: int = 64
+    cache: Literal["auto", "int8", "e4m3"] = "auto"
+    invariant: bool = False
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    max_model_len: int = 32_768
+    num_blocks: int = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of an op: `label` says what is special about it."""
+
+    op: str
+    label: str
+    run: Callable[[], object]
+
+
+def missing_ops() -> list[str]:
+    """Return the ops that have no kernel."""
+    return [op for op, modules in OPS.items() if "triton" not in modules]
+
+
+def sizes(limit: int) -> list[int]:
+    """Return sizes in which a launcher or Triton may see a difference: small ones, powers of two and what is beside."""
+    around = {power + beside for k in range(24) for power in (1 << k,) for beside in (-1, 0, 1)}
+    return sorted(n for n in around | set(range(1, 18)) | {limit} if 1 <= n <= limit)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Return a tensor that holds nothing."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def engine_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    """Yield every kind of call that an engine makes, at every size that may make a difference.
+
+    Ops without a kernel are left out.
+    """
+    for call in itertools.chain(
+        _token_calls(model, settings),
+        _prefill_calls(model, settings),
+        _decode_calls(model, settings),
+        _sampling_calls(model, settings),
+    ):
+        if "triton" in OPS[call.op]:
+            yield call
+
+
+def norm_call(model: Model, num_tokens: int, *, residual: bool) -> Call:
+    """Return the norm of a layer, after an addition or not."""
+    dtype = getattr(torch, model.dtype)
+    x, weight = empty(num_tokens, model.hidden_size, dtype=dtype), empty(model.hidden_size, dtype=dtype)
+    other = empty(num_tokens, model.hidden_size, dtype=dtype) if residual else None
+    label = "add and norm" if residual else "norm"
+    if model.norm == "rms_norm":
+        return Call("rms_norm", label, lambda: rms_norm(x, weight, eps=1e-5, residual=other))
+    return Call("layer_norm", label, lambda: layer_norm(x, weight, weight, eps=1e-5, residual=other))
+
+
+def activation_call(model: Model, num_tokens: int) -> Call:
+    """Return the activation of an MLP."""
+    dtype = getattr(torch, model.dtype)
+    x = empty(num_tokens, model.intermediate_size * (2 if model.gated else 1), dtype=dtype)
+    if model.gated:
+        return Call("gated_activation", model.activation, lambda: gated_activation(x, model.activation))
+    return Call("ungated_activation", model.activation, lambda: ungated_activation(x, model.activation))
+
+
+def heads(model: Model, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v as views of the fused projection's result."""
+    counts = (model.num_q_heads, model.num_kv_heads, model.num_kv_heads)
+    fused = empty(num_tokens, sum(counts) * model.head_dim, dtype=getattr(torch, model.dtype))
+    q, k, v = fused.view(num_tokens, -1, model.head_dim).split(counts, dim=1)
+    return q, k, v
+
+
+def caches(model: Model, settings: Settings) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return k_cache, v_cache and the scale arguments of one layer."""
+    shape = (settings.num_blocks, model.num_kv_heads, settings.block_size, model.head_dim)
+    stored = {"auto": getattr(torch, model.dtype), "int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+    k_cache, v_cache = (empty(*shape, dtype=stored[settings.cache]) for _ in range(2))
+    if settings.cache == "auto":
+        return k_cache, v_cache, {}
+    per_slot = settings.cache == "int8"
+    return (
+        k_cache,
+        v_cache,
+        {name: empty(*shape[:3], dtype=torch.float32) if per_slot else 0.05 for name in ("k_scale", "v_scale")},
+    )
+
+
+def write_call(model: Model, settings: Settings, num_tokens: int, *, planned: bool = True) -> Call:
+    """Return the rotation and the cache write of a layer."""
+
+    def run() -> None:
+        q, k, v = heads(model, num_tokens)
+        k_cache, v_cache, scales = caches(model, settings)
+        slots, positions = (empty(num_tokens, dtype=torch.int64) for _ in range(2))
+        table = empty(settings.max_model_len, model.head_dim, dtype=torch.float32) if model.rotary else None
+        weight = empty(model.head_dim, dtype=q.dtype) if model.head_norm else None
+        plan = None
+        if planned:
+            plan = plan_write_kv(
+                slots,
+                positions=positions,
+                cos_sin=table,
+                rope_style="neox",
+                block_size=settings.block_size,
+                num_kv_heads=model.num_kv_heads,
+                dtype=q.dtype,
+            )
+        write_kv(
+            q, k, v, k_cache, v_cache, slots, positions=positions, cos_sin=table, q_norm=weight, k_norm=weight,
+            plan=plan, **scales,
+        )  # fmt: skip
+
+    return Call("write_kv", _cache_label(settings), run)
+
+
+def copy_call(model: Model, settings: Settings, num_copies: int) -> Call:
+    """Return a copy of blocks."""
+    k_cache, v_cache, _ = caches(model, settings)
+    ids = [empty(num_copies, dtype=torch.int64) for _ in range(2)]
+    return Call("copy_blocks", _cache_label(settings), lambda: copy_blocks(k_cache, v_cache, *ids))
+
+
+def attention_call(
+    model: Model,
+    settings: Settings,
+    op: Literal["prefill", "decode"],
+    *,
+    num_seqs: int,
+    num_tokens: int,
+    max_query_len: int,
+    max_blocks_per_seq: int,
+    start: int = 0,
+    planned: bool = True,
+    label: str = "",
+) -> Call:
+    """Return the attention of a layer, its rows behind `start` others of the step."""
+
+    def run() -> None:
+        q, _, _ = heads(model, start + num_tokens)
+        out = empty(start + num_tokens, model.num_q_heads, model.head_dim, dtype=q.dtype)
+        k_cache, v_cache, scales = caches(model, settings)
+        cu_seqlens_q, seq_lens, block_table = empty(num_seqs + 1), empty(num_seqs), empty(num_seqs, max_blocks_per_seq)
+        plan = None
+        if planned:
+            plan = plan_paged_attention(
+                cu_seqlens_q,
+                seq_lens,
+                block_table,
+                op=op,
+                num_tokens=num_tokens,
+                max_query_len=max_query_len,
+                num_q_heads=model.num_q_heads,
+                num_kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                block_size=settings.block_size,
+                invariant=settings.invariant,
+            )
+        arguments: dict[str, Any] = dict(
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            block_table=block_table,
+            scale=model.head_dim**-0.5,
+            window=model.window,
+            out=out[start:],
+            **scales,
+        )
+        if op == "prefill":
+            paged_attention_prefill(q[start:], k_cache, v_cache, worklist=plan, **arguments)
+        else:
+            paged_attention_decode(q[start:], k_cache, v_cache, plan=plan, **arguments)
+
+    return Call(f"paged_attention_{op}", label or _cache_label(settings), run)
+
+
+def _cache_label(settings: Settings) -> str:
+    cache = "" if settings.cache == "auto" else f" {settings.cache}"
+    return f"block {settings.block_size}{cache}{' invariant' if settings.invariant else ''}"
+
+
+def _token_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    for num_tokens in sizes(settings.max_num_batched_tokens):
+        yield norm_call(model, num_tokens, residual=False)
+        yield norm_call(model, num_tokens, residual=True)
+        yield activation_call(model, num_tokens)
+        yield write_call(model, settings, num_tokens)
+        yield copy_call(model, settings, num_tokens)
+
+
+def _widths(settings: Settings) -> list[int]:
+    most = -(-settings.max_model_len // settings.block_size)
+    return sorted({1, 2, 7, 16, most // 2 + 1, most})
+
+
+def _prefill_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    for num_tokens in sizes(settings.max_num_batched_tokens):
+        for num_seqs in sorted({1, 2, 3, 16, min(num_tokens, settings.max_num_seqs)}):
+            for width, start in zip(_widths(settings), itertools.cycle((0, 1, 16))):
+                if num_seqs <= num_tokens:
+                    longest = num_tokens - num_seqs + 1
+                    yield attention_call(
+                        model, settings, "prefill", num_seqs=num_seqs, num_tokens=num_tokens, max_query_len=longest,
+                        max_blocks_per_seq=width, start=start,
+                    )  # fmt: skip
+
+
+def _decode_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    for max_query_len in range(1, MAX_DECODE_QUERY_LEN + 1):
+        label = _cache_label(settings) + (f" verify {max_query_len}" if max_query_len > 1 else "")
+        for num_seqs in sizes(settings.max_num_seqs):
+            for width in _widths(settings):
+                yield attention_call(
+                    model, settings, "decode", num_seqs=num_seqs, num_tokens=num_seqs * max_query_len,
+                    max_query_len=max_query_len, max_blocks_per_seq=width, label=label,
+                )  # fmt: skip
+
+
+def sample_call(model: Model, num_seqs: int, features: frozenset[str], *, num_valid_ids: int | None = None) -> Call:
+    """Return the sampling of a step whose rows ask for these features together."""
+
+    def rows(dtype: torch.dtype, *names: str) -> Tensor | None:
+        return empty(num_seqs, dtype=dtype) if features & set(names) else None
+
+    index, seen = empty(num_seqs, dtype=torch.int64), empty(num_seqs, 256)
+    number = empty(num_seqs, dtype=torch.float32)
+    drawn = ("temperature", "top_k", "top_p", "min_p")
+    params = SampleParams(
+        num_valid_ids=num_valid_ids,
+        temperature=rows(torch.float32, *drawn),
+        top_k=rows(torch.int32, "top_k"),
+        top_p=rows(torch.float64, "top_p"),
+        min_p=rows(torch.float64, "min_p"),
+        seed=rows(torch.int64, *drawn),
+        choice=rows(torch.int32, *drawn),
+        position=rows(torch.int64, *drawn),
+        allowed=AllowedTokens(index, empty(num_seqs, -(-model.vocab_size // 32))) if "allowed" in features else None,
+        banned=BannedTokens(index, index) if "banned" in features else None,
+        bias=LogitBias(index, index, number) if "bias" in features else None,
+        penalties=Penalties(index, number, number, number, index, seen, seen, empty(num_seqs))
+        if "penalties" in features
+        else None,
+    )
+    logits = empty(num_seqs, model.vocab_size, dtype=getattr(torch, model.dtype))
+    label = ", ".join(sorted(features)) or "greedy"
+    return Call("sample", label, lambda: sample(logits, params))
+
+
+def logprobs_call(model: Model, num_rows: int, num_top: int, *, num_ids: int | None = None) -> Call:
+    """Return the log-probabilities of some rows over the ids that a tokenizer has."""
+    logits = empty(num_rows, model.vocab_size, dtype=getattr(torch, model.dtype))[:, : num_ids or model.vocab_size]
+    chosen = empty(num_rows, dtype=torch.int64)
+    return Call("log_softmax_top", f"top {num_top}", lambda: log_softmax_top(logits, num_top, chosen))
+
+
+FILTERS = ("top_k", "top_p", "min_p")
+ENTRIES = ("allowed", "banned", "bias", "penalties")
+
+
+def _subsets(names: tuple[str, ...]) -> Iterator[frozenset[str]]:
+    for size in range(len(names) + 1):
+        yield from (frozenset(chosen) for chosen in itertools.combinations(names, size))
+
+
+def _sampling_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    drawn = [frozenset[str]()] + [filters | {"temperature"} for filters in _subsets(FILTERS)]
+    valid = (None, model.vocab_size - 1, model.vocab_size - 16)
+    for features in (base | entries for entries in _subsets(ENTRIES) for base in drawn):
+        for num_seqs, num_valid_ids in itertools.product((1, 3, 16, settings.max_num_seqs), valid):
+            yield sample_call(model, num_seqs, features, num_valid_ids=num_valid_ids)
+    for num_seqs in sizes(settings.max_num_seqs):
+        for features in drawn:
+            yield sample_call(model, num_seqs, features)
+        for num_top, num_ids in itertools.product((0, 1, 5, 20), valid):
+            yield logprobs_call(model, num_seqs, num_top, num_ids=num_ids)

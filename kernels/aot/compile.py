@@ -1,0 +1,80 @@
+"""This module holds the compilation of variants, in parallel processes and remembered on disk. It does not know what is
+wanted of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from . import sass
+from .driver import Launch, fake_driver
+from .targets import GPUS
+
+__all__ = ["compile_all", "default_cache"]
+
+
+def default_cache() -> Path:
+    """Return the folder in which results are remembered."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo" / "aot"
+
+
+def _key(launch: Launch) -> str:
+    """Return a name that changes with all that the facts depend on: kernel sources, compiler, how we read."""
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    reader = Path(sass.__file__).read_bytes()
+    parts = (triton.__version__, kernel.cache_key, launch.specialization, hashlib.sha256(reader).hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _facts(launch: Launch) -> dict[str, Any]:
+    """Compile one variant, by the path that a launch takes, and read its machine code."""
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    gpu = GPUS[launch.target]
+    with fake_driver(gpu):
+        compiled = kernel.preload(launch.specialization)
+    metadata = compiled.metadata
+    facts = sass.read_cubin(compiled.asm["cubin"])
+    return facts | {
+        "shared_bytes": metadata.shared,
+        "num_warps": metadata.num_warps,
+        "num_stages": metadata.num_stages,
+        "ctas_per_sm": gpu.ctas_per_sm(facts["regs"], metadata.shared, metadata.num_warps),
+    }
+
+
+def compile_all(
+    launches: Iterable[Launch], *, cache: Path, num_workers: int
+) -> Iterator[tuple[Launch, dict[str, Any]]]:
+    """Compile variants and yield each with what its machine code says, as they get ready."""
+    cache.mkdir(parents=True, exist_ok=True)
+    missing: dict[Launch, Path] = {}
+    for launch in launches:
+        path = cache / f"{_key(launch)}.json"
+        if path.exists():
+            yield launch, json.loads(path.read_text(encoding="utf-8"))
+        else:
+            missing[launch] = path
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(num_workers, len(missing)), mp_context=context) as pool:
+        waiting = {pool.submit(_facts, launch): launch for launch in missing}
+        try:
+            for future in as_completed(waiting):
+                launch, facts = waiting[future], future.result()
+                partial = missing[launch].with_suffix(f".{os.getpid()}")
+                partial.write_text(json.dumps(facts), encoding="utf-8")
+                partial.replace(missing[launch])
+                yield launch, facts
+        finally:
+            pool.shutdown(cancel_futures=True)
