@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import octavo.kernels
 import torch
 from octavo.kernels.bounds import UNIT
 from torch import Tensor
 
+from . import calls
 from .paged import Batch, Shape, describe, gaussian, labelled, slots
 
 Check = Callable[[str, Shape], None]
@@ -29,13 +29,13 @@ WINNER = 10_000.0
 def call(op: str, inputs: dict[str, Any], **extra: Any) -> Tensor:
     """Run one attention op into a NaN-filled `out`."""
     out = torch.full_like(inputs["q"], float("nan"))
-    result: Tensor = getattr(octavo.kernels, op)(**inputs, out=out, **extra)
+    result: Tensor = calls.call(op, **inputs, out=out, **extra)
     assert result is out, "the op must return the tensor it was given as `out`"
     return result
 
 
 def call_lse(op: str, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = getattr(octavo.kernels, op)(**inputs, return_lse=True)
+    result: tuple[Tensor, Tensor] = calls.call(op, **inputs, return_lse=True)
     return result
 
 
@@ -93,23 +93,29 @@ def _some_rows(query_len: int) -> list[int]:
     return sorted({0, query_len // 2, max(query_len - 2, 0), query_len - 1})
 
 
+def _turns(shape: Shape) -> list[list[tuple[int, int]]]:
+    """Return lists of (sequence, query row within it), each sequence at most once in a list: they do not meet."""
+    chosen = [_some_rows(query_len) if query_len else [] for query_len, _ in shape.seqs]
+    longest = max(map(len, chosen), default=0)
+    return [[(s, rows[turn]) for s, rows in enumerate(chosen) if turn < len(rows)] for turn in range(longest)]
+
+
 def forbidden_future(op: str, shape: Shape) -> None:
     """A winning key one position ahead changes no bit of a row, and every bit that matters of the next one."""
     inputs = _winnable(shape).lay_out(poison=False)
     before = call(op, inputs)
     starts = inputs["cu_seqlens_q"].tolist()
-    for s, (query_len, seq_len) in enumerate(shape.seqs):
-        for i in _some_rows(query_len) if query_len else []:
-            ahead = seq_len - query_len + i + 1
-            if ahead == seq_len and seq_len % shape.block_size == 0:
-                continue  # no slot of an owned block lies past the length; `poison` covers the next entry
-            after = call(op, _plant(inputs, slots(inputs, s, [ahead])))
-            kept = torch.ones(len(before), dtype=torch.bool)
-            kept[starts[s] + i + 1 : starts[s + 1]] = False
-            assert same_bits(after[kept], before[kept]), f"sequence {s}: a row up to {i} saw position {ahead}"
-            if i + 1 < query_len:
+    for turn in _turns(shape):
+        ahead = {(s, i): shape.seqs[s][1] - shape.seqs[s][0] + i + 1 for s, i in turn}
+        # No slot of an owned block lies past a length that fills its blocks; `poison` covers the next entry.
+        ahead = {(s, i): p for (s, i), p in ahead.items() if p < shape.seqs[s][1] or p % shape.block_size}
+        after = call(op, _plant(inputs, [place for (s, _), p in ahead.items() for place in slots(inputs, s, [p])]))
+        for (s, i), p in ahead.items():
+            rows = slice(starts[s], starts[s] + i + 1)
+            assert same_bits(after[rows], before[rows]), f"sequence {s}: a row up to {i} saw position {p}"
+            if i + 1 < shape.seqs[s][0]:
                 found = after[starts[s] + i + 1]
-                assert (found == WINNER).all(), f"sequence {s}: row {i + 1} did not see its own position {ahead}"
+                assert (found == WINNER).all(), f"sequence {s}: row {i + 1} did not see its own position {p}"
 
 
 def forbidden_window(op: str, shape: Shape) -> None:
@@ -118,16 +124,17 @@ def forbidden_window(op: str, shape: Shape) -> None:
     inputs = _winnable(shape).lay_out(poison=False)
     before = call(op, inputs)
     starts = inputs["cu_seqlens_q"].tolist()
-    for s, (query_len, seq_len) in enumerate(shape.seqs):
-        for i in _some_rows(query_len) if query_len else []:
-            outside = seq_len - query_len + i - shape.window
-            if outside < 0:
-                continue
+    for turn in _turns(shape):
+        outside = {(s, i): shape.seqs[s][1] - shape.seqs[s][0] + i - shape.window for s, i in turn}
+        outside = {(s, i): p for (s, i), p in outside.items() if p >= 0}
+        after, inside = (
+            call(op, _plant(inputs, [at for (s, _), p in outside.items() for at in slots(inputs, s, [p + step])]))
+            for step in (0, 1)
+        )
+        for (s, i), p in outside.items():
             row = starts[s] + i
-            after = call(op, _plant(inputs, slots(inputs, s, [outside])))
-            assert same_bits(after[row], before[row]), f"sequence {s}: row {i} saw {outside}, before its window"
-            inside = call(op, _plant(inputs, slots(inputs, s, [outside + 1])))
-            assert (inside[row] == WINNER).all(), f"sequence {s}: row {i} missed {outside + 1}, its window's start"
+            assert same_bits(after[row], before[row]), f"sequence {s}: row {i} saw {p}, before its window"
+            assert (inside[row] == WINNER).all(), f"sequence {s}: row {i} missed {p + 1}, its window's start"
 
 
 def forbidden_foreign(op: str, shape: Shape) -> None:

@@ -81,8 +81,12 @@ class Batch:
             for s, rows in enumerate(dense):
                 store(cache, rows.to(shape.dtype), table[s])
             inputs[name] = cache
+        # Queries are a slice of one projection's output, as in a model: what lies between their rows is not theirs.
+        fused = torch.full((len(self.q), shape.num_q_heads + 2 * shape.num_kv_heads, shape.head_dim), float("nan"))
+        fused = fused.to(shape.dtype)
+        fused[:, : shape.num_q_heads] = self.q
         return {
-            "q": self.q.to(shape.dtype),
+            "q": fused[:, : shape.num_q_heads],
             **inputs,
             "cu_seqlens_q": torch.tensor([0] + [n for n, _ in shape.seqs]).cumsum(0).to(torch.int32),
             "seq_lens": torch.tensor(lengths, dtype=torch.int32),
