@@ -12,18 +12,25 @@ from .resolve import Hardware
 __all__ = ["detect"]
 
 
-def detect(device: Literal["auto", "cpu", "cuda"]) -> Hardware:
-    """Describe the device to run on.
+MIN_CAPABILITY = (8, 0)
+"""Of the GPUs that the kernels are made for: Ampere, and what came after it."""
+
+
+def detect(device: Literal["auto", "cpu", "cuda"], backend: Literal["auto", "torch", "triton"] = "auto") -> Hardware:
+    """Describe the device to run on: a GPU the kernels are made for, where there is one, else the CPU.
 
     Raises:
         ConfigError: a GPU was asked for and there is none.
     """
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda' and no CUDA device is visible; allowed: cpu, or auto")
-    # The torch backend, the only one so far, is made for CPUs: a GPU is used only where it is asked for.
-    if device == "cuda":
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if device == "cuda" and (capability is None or capability < MIN_CAPABILITY):
+        found = "no CUDA device is visible" if capability is None else f"the GPU's capability is {capability}"
+        raise ConfigError(f"device is 'cuda' and {found}; allowed: cpu, auto, or a GPU of capability 8.0 or higher")
+    # The torch backend is made for CPUs: it uses a GPU only where it is asked to.
+    usable = capability is not None and capability >= MIN_CAPABILITY and backend != "torch"
+    if device == "cuda" or (device == "auto" and usable):
         free_bytes, _ = torch.cuda.mem_get_info()
         return Hardware("cuda", torch.cuda.get_device_name(), free_bytes)
     threads = torch.get_num_threads()

@@ -19,6 +19,7 @@ CPU_CACHE_FRACTION = 0.25
 """Part of the memory left on a CPU that the KV pool may take: the machine has other work."""
 CPU_BATCHED_TOKENS = 512
 GPU_BATCHED_TOKENS = 2048
+TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     dtype = _dtype(config, model, hardware, choices)
     if config.invariant and dtype != "float32":
         raise ConfigError(f"invariant is set and dtype is {dtype}; allowed: float32, the only one it is proved for")
-    backend: BackendName = "torch"
-    if config.backend != "auto":
-        backend = config.backend
-    else:
-        choices.append(Choice("backend", backend, "the reference path, made for CPUs"))
+    backend = _backend(config, hardware, choices)
     weight_bytes = num_parameters * DTYPE_BYTES[dtype]
     bytes_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * DTYPE_BYTES[dtype]
 
@@ -137,6 +134,19 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
         kv_bytes_per_token=bytes_per_token,
         choices=tuple(choices),
     )
+
+
+def _backend(config: EngineConfig, hardware: Hardware, choices: list[Choice]) -> BackendName:
+    backend = config.backend
+    if backend == "auto":
+        backend, reason = ("triton", "the GPU's") if hardware.device == "cuda" else ("torch", "the CPU's")
+        choices.append(Choice("backend", backend, reason))
+    if backend == "triton" and config.cache.block_size not in TRITON_BLOCK_SIZES:
+        allowed = ", ".join(map(str, TRITON_BLOCK_SIZES))
+        raise ConfigError(
+            f"block_size is {config.cache.block_size}; allowed: {allowed}, for which the Triton kernels are made"
+        )
+    return backend
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, hardware: Hardware, choices: list[Choice]) -> DTypeName:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from octavo.kernels.attention import AttentionOp, plan_paged_attention
+from octavo.kernels.attention import SPLIT_TOKENS, AttentionOp, plan_paged_attention
 
 from ..config import ModelConfig
 from ..layers.attention import AttentionMetadata, AttentionSlice
@@ -51,6 +51,7 @@ def build_attention_metadata(
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             block_size=block_size,
+            max_splits=int((-(-inputs.seq_lens[start:stop] // SPLIT_TOKENS)).sum()),
             invariant=invariant,
         )
         return AttentionSlice(cu_seqlens_q, seq_lens, block_table, plan)

@@ -14,8 +14,9 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from ..dispatch import active
+from .gather import SPLIT_TOKENS
 
-__all__ = ["AttentionOp", "paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"]
+__all__ = ["SPLIT_TOKENS", "AttentionOp", "paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"]
 
 AttentionOp = Literal["prefill", "decode"]
 
@@ -43,8 +44,8 @@ def plan_paged_attention(
         op: which of the two ops the plan is for.
         num_tokens: query rows of all sequences, or more: known to the caller, so that no device is asked.
         max_query_len: no sequence has more query rows.
-        max_splits: how many 512-token splits the sequences have together at most; bounds the scratch. None: what
-            the shapes allow.
+        max_splits: how many splits of `SPLIT_TOKENS` the sequences have together at most; bounds the scratch. None:
+            what the shapes allow.
         invariant: a row's bits shall depend on its own prefix alone, not on neighbours, chunks or cache hits.
 
     Returns:

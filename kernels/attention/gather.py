@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["SPLIT_TOKENS", "TILE_ROWS", "PagedPlan", "attend", "plan_blocks", "plan_paged_attention"]
 
 SPLIT_TOKENS: Final = 512
+"""Keys summed up before they are merged, from position 0 on: never another number, so that a row's bits do not depend
+on how its sequence came to be where it is.
+"""
 TILE_ROWS: Final = 16
 _BUFFER_BYTES: Final = 1 << 20
 _QUERY_TILE: Final = 256

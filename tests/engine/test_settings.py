@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from octavo.engine import hardware
 from octavo.engine.config import EngineConfig, ModelConfig
 from octavo.engine.errors import ConfigError
@@ -25,8 +26,12 @@ MODEL = ModelConfig(
 GIB = 2**30
 
 
-def settle(**settings: Any) -> ResolvedConfig:
-    return resolve(EngineConfig.from_settings(settings), MODEL, Hardware("cpu", "a CPU", GIB), num_parameters=10**6)
+CPU = Hardware("cpu", "a CPU", GIB)
+GPU = Hardware("cuda", "a GPU", GIB)
+
+
+def settle(hardware: Hardware = CPU, **settings: Any) -> ResolvedConfig:
+    return resolve(EngineConfig.from_settings(settings), MODEL, hardware, num_parameters=10**6)
 
 
 def test_a_context_nobody_asked_for_is_lowered_to_the_pool_and_says_so() -> None:
@@ -92,3 +97,47 @@ def test_invariant_mode_is_refused_where_it_is_not_proved(dtype: str) -> None:
     assert settle(invariant=True).dtype == "float32"
     with pytest.raises(ConfigError, match=rf"dtype is {dtype}; allowed: float32"):
         settle(invariant=True, dtype=dtype)
+
+
+@pytest.mark.parametrize(("machine", "backend"), [(CPU, "torch"), (GPU, "triton")])
+def test_the_backend_follows_the_device_unless_it_is_named(machine: Hardware, backend: str) -> None:
+    assert settle(machine).backend == backend
+    for named in ("torch", "triton"):
+        assert settle(machine, backend=named).backend == named
+
+
+def test_block_sizes_that_the_kernels_do_not_take_are_refused() -> None:
+    assert settle(backend="torch", block_size=24).block_size == 24
+    with pytest.raises(ConfigError, match="block_size is 24; allowed: 16, 32, 64, 128"):
+        settle(backend="triton", block_size=24)
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "found"),
+    [
+        (None, {"device": "auto"}, "cpu"),
+        ((9, 0), {"device": "auto"}, "cuda"),
+        ((9, 0), {"device": "auto", "backend": "torch"}, "cpu"),
+        ((9, 0), {"device": "cuda", "backend": "torch"}, "cuda"),
+        ((9, 0), {"device": "cpu"}, "cpu"),
+        ((7, 5), {"device": "auto"}, "cpu"),
+        (
+            (7, 5),
+            {"device": "cuda"},
+            r"the GPU's capability is \(7, 5\); allowed: cpu, auto, or a GPU of capability 8.0",
+        ),
+        (None, {"device": "cuda"}, "no CUDA device is visible; allowed: cpu, auto"),
+    ],
+)
+def test_a_gpu_is_used_where_the_kernels_run_on_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, asked: dict[str, Any], found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB, 2 * GIB))
+    if found in ("cpu", "cuda"):
+        assert hardware.detect(**asked).device == found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            hardware.detect(**asked)
