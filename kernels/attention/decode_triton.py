@@ -1,0 +1,309 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""This module holds decode attention as a Triton kernel: few query rows per sequence over a long paged cache. It does
+not know how work items are made, nor how partial results are merged.
+
+Bound by reading the cache, so every key and value is fetched once, into tiles of `block_n` keys that all rows of one KV
+head share, and a sequence's splits are spread over the multiprocessors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.checks import check_attention, check_positive, check_shape
+from ..common.launch import Target, cdiv, next_power_of_2, target
+from .combine_triton import combine_kernel, live_splits, merge_splits, store_rows
+from .gather import SPLIT_TOKENS
+from .plan_triton import DecodePlan, plan_decode
+from .reference import MAX_DECODE_QUERY_LEN
+from .tile_triton import LOG2E, capped, check_supported, key_rows, load_rows, softmax_step
+
+__all__ = ["DecodeConfig", "config", "decode_kernel", "paged_attention_decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the decode kernel is launched."""
+
+    block_h: int
+    """Rows of a tile: query tokens times the query heads of one KV head."""
+    block_n: int
+    """Keys of a tile; divides SPLIT_TOKENS."""
+    num_tiles: int
+    """Row tiles per sequence and KV head; each reads the keys anew, from the second-level cache."""
+    num_programs: int
+    """Programs per row tile and KV head, which share the items."""
+    num_warps: int
+    num_stages: int
+
+
+def config(
+    group_size: int, max_query_len: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, target: Target
+) -> DecodeConfig:
+    """Choose how decode is launched; a row's bits do not depend on the choice.
+
+    Tiles of 16 and of 32 rows lay their scores out alike over the warps and so sum them in the same order; 64 rows
+    would not (another matrix instruction on sm_90), nor would a float32 product, which has no matrix instruction.
+    """
+    num_rows = max(group_size * max_query_len, 1)
+    block_h = 16 if dtype == torch.float32 else min(max(next_power_of_2(num_rows), 16), 32)
+    num_tiles = cdiv(num_rows, block_h)
+    block_n = 64 if head_dim <= 128 else 32
+    programs_per_sm = 4
+    num_programs = max(1, target.num_sms * programs_per_sm // (num_kv_heads * num_tiles))
+    return DecodeConfig(block_h, block_n, num_tiles, num_programs, num_warps=4, num_stages=3)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "max_query_len", "window", "table_stride"])
+def decode_kernel(
+    p_q,
+    p_k_cache,
+    p_v_cache,
+    p_out,
+    p_lse,
+    p_partial,
+    p_partial_max,
+    p_partial_sum,
+    p_counters,
+    p_cu_splits,
+    p_item_seqs,
+    p_cu_seqlens_q,
+    p_seq_lens,
+    p_block_table,
+    p_sinks,
+    p_draft_mask,
+    scale,
+    soft_cap,
+    window,
+    num_seqs,
+    max_query_len,
+    q_stride,
+    out_stride,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """out = softmax(q · Kᵀ · scale) · V over a split of a sequence's keys; the softmax's state where it has several.
+
+    One program handles BLOCK_H rows (query token, head) of one KV head, for every num_programs-th item of the plan.
+    Grid: (num_programs, NUM_KV_HEADS * num_tiles).
+    """
+    NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
+    i_kv_head = tl.program_id(1) % NUM_KV_HEADS
+    o_row = tl.program_id(1) // NUM_KV_HEADS * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    o_row_token = o_row // GROUP_SIZE  # [BLOCK_H] from the sequence's first query token
+    o_head = i_kv_head * GROUP_SIZE + o_row % GROUP_SIZE  # [BLOCK_H]
+    o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    factor = scale * LOG2E
+    if soft_cap is not None:
+        factor = 1.0
+    for i_item in tl.range(tl.program_id(0), tl.load(p_cu_splits + num_seqs), tl.num_programs(0), num_stages=1):
+        i_seq = tl.load(p_item_seqs + i_item)
+        i_split = i_item - tl.load(p_cu_splits + i_seq)
+        i_start = tl.load(p_cu_seqlens_q + i_seq).to(tl.int32)
+        query_len = tl.load(p_cu_seqlens_q + i_seq + 1).to(tl.int32) - i_start
+        seq_len = tl.load(p_seq_lens + i_seq).to(tl.int32)
+        p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
+        i_oldest, i_first_split, num_splits = live_splits(seq_len, query_len, window, SPLIT_TOKENS)
+        m_row = o_row_token < tl.minimum(query_len, max_query_len)  # [BLOCK_H]; the scratch has no room for more
+        o_token = i_start + o_row_token  # [BLOCK_H]
+        o_position = seq_len - query_len + o_row_token  # [BLOCK_H]
+        o_q = o_token.to(tl.int64) * q_stride + o_head * HEAD_DIM  # [BLOCK_H]
+        b_q = load_rows(p_q, o_q, m_row, o_dim, HEAD_DIM)  # [BLOCK_H, BLOCK_D]
+        if p_draft_mask is not None:
+            b_draft = tl.load(p_draft_mask + o_token, mask=m_row, other=0).to(tl.int32)  # [BLOCK_H]
+
+        b_max = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        b_sum = tl.zeros((BLOCK_H,), tl.float32)
+        b_acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+        i_low = tl.maximum(i_split * SPLIT_TOKENS, i_oldest)
+        i_high = tl.minimum((i_split + 1) * SPLIT_TOKENS, seq_len)
+        if tl.min(o_row, 0) >= query_len * GROUP_SIZE:
+            i_high = i_low  # a tile of no rows reads nothing
+        for i_key in tl.range(i_low // BLOCK_N * BLOCK_N, i_high, BLOCK_N, num_stages=NUM_STAGES):
+            o_key = i_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            # Lanes beyond either end repeat a key that is seen: their weight is 0, and 0 times a real value is 0.
+            o_seen = tl.minimum(tl.maximum(o_key, i_low), i_high - 1)  # [BLOCK_N]
+            o_slot = key_rows(p_blocks, o_seen, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, BLOCK_SIZE, HEAD_DIM)
+            b_keys = load_rows(p_keys, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            b_values = load_rows(p_values, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
+            if soft_cap is not None:
+                b_scores = capped(b_scores, scale / soft_cap, soft_cap)
+            m_seen = o_key[None, :] <= o_position[:, None]  # no tile crosses a split's end, no position a length's
+            if window is not None:
+                m_seen &= o_key[None, :] > o_position[:, None] - window
+            if p_draft_mask is not None:
+                o_draft = o_key - (seq_len - query_len)  # [BLOCK_N] from the sequence's first query token
+                m_draft = ((b_draft[:, None] >> tl.minimum(tl.maximum(o_draft, 0), 31)[None, :]) & 1) == 1
+                m_seen &= (o_draft < 0)[None, :] | m_draft
+            b_scores = tl.where(m_seen, b_scores, float("-inf"))
+            b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, True)
+            b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
+
+        if i_split >= i_first_split:
+            if num_splits - i_first_split <= 1:
+                store_rows(
+                    p_out, p_lse, p_sinks, b_acc, b_max, b_sum, o_token, o_head, m_row, out_stride,
+                    NUM_Q_HEADS, HEAD_DIM,
+                )  # fmt: skip
+            else:
+                num_rows = max_query_len * NUM_Q_HEADS
+                o_part = o_row_token * NUM_Q_HEADS + o_head + i_item * num_rows.to(tl.int64)  # [BLOCK_H]
+                p_part = p_partial + o_part[:, None] * HEAD_DIM + o_dim[None, :]
+                tl.store(p_part, b_acc, mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :])
+                tl.store(p_partial_max + o_part, b_max, mask=m_row)
+                tl.store(p_partial_sum + o_part, b_sum, mask=m_row)
+                if p_counters is not None:
+                    tl.debug_barrier()  # every thread's part is written before the count says so
+                    p_counter = p_counters + i_seq * tl.num_programs(1) + tl.program_id(1)
+                    num_done = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
+                    if num_done == num_splits - i_first_split - 1:
+                        tl.store(p_counter, 0)  # for the next layer
+                        i_row_end = tl.minimum(query_len * GROUP_SIZE, tl.max(o_row, 0) + 1)
+                        for i_row in range(tl.min(o_row, 0), i_row_end):
+                            i_token = i_row // GROUP_SIZE
+                            i_head = i_kv_head * GROUP_SIZE + i_row % GROUP_SIZE
+                            b_row, b_row_max, b_row_sum = merge_splits(
+                                p_partial, p_partial_max, p_partial_sum, i_item - i_split,
+                                i_token * NUM_Q_HEADS + i_head, num_rows, i_first_split, num_splits, HEAD_DIM, BLOCK_D,
+                            )  # fmt: skip
+                            o_one = tl.arange(0, 1)  # [1]
+                            store_rows(
+                                p_out, p_lse, p_sinks, b_row, b_row_max, b_row_sum, o_one + i_start + i_token,
+                                o_one + i_head, o_one == 0, out_stride, NUM_Q_HEADS, HEAD_DIM,
+                            )  # fmt: skip
+
+
+def paged_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    draft_mask: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    plan: Any = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `octavo.kernels.paged_attention_decode`. `plan` is a `DecodePlan`."""
+    check_attention(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q,
+        seq_lens,
+        block_table,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+    )
+    check_supported(q, k_cache, out)
+    check_positive("scale", scale)
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    group_size, num_seqs = num_q_heads // num_kv_heads, seq_lens.shape[0]
+    if draft_mask is not None:
+        check_shape("draft_mask", draft_mask, (num_tokens,))
+    if plan is None:
+        plan = plan_decode(
+            cu_seqlens_q,
+            seq_lens,
+            block_table,
+            max_query_len=min(num_tokens, MAX_DECODE_QUERY_LEN),
+            num_q_heads=num_q_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+        )
+    assert isinstance(plan, DecodePlan), "the plan is of another backend or op"
+    assert plan.serves(num_seqs, num_q_heads, head_dim), "the plan is of another step or model"
+    settings = config(group_size, plan.max_query_len, num_kv_heads, head_dim, q.dtype, target(q.device))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    lse = q.new_empty((num_tokens, num_q_heads), dtype=torch.float32) if return_lse else None
+    if num_tokens and num_seqs:
+        decode_kernel[min(settings.num_programs, len(plan.item_seqs)), num_kv_heads * settings.num_tiles](
+            q,
+            k_cache,
+            v_cache,
+            out,
+            lse,
+            plan.partial,
+            plan.partial_max,
+            plan.partial_sum,
+            plan.counters,
+            plan.cu_splits,
+            plan.item_seqs,
+            cu_seqlens_q,
+            seq_lens,
+            block_table,
+            sinks,
+            draft_mask,
+            scale,
+            soft_cap,
+            window,
+            num_seqs,
+            plan.max_query_len,
+            q.stride(0),
+            out.stride(0),
+            block_table.stride(0),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP_SIZE=group_size,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=block_size,
+            SPLIT_TOKENS=SPLIT_TOKENS,
+            BLOCK_H=settings.block_h,
+            BLOCK_N=settings.block_n,
+            BLOCK_D=next_power_of_2(head_dim),
+            NUM_STAGES=settings.num_stages,
+            num_warps=settings.num_warps,
+            enable_fp_fusion=True,
+        )
+        if plan.may_split and plan.counters is None:
+            combine_kernel[num_seqs * plan.max_query_len, num_q_heads](
+                plan.partial,
+                plan.partial_max,
+                plan.partial_sum,
+                out,
+                lse,
+                plan.cu_splits,
+                cu_seqlens_q,
+                seq_lens,
+                sinks,
+                plan.max_query_len,
+                len(plan.item_seqs),
+                window,
+                out.stride(0),
+                NUM_Q_HEADS=num_q_heads,
+                HEAD_DIM=head_dim,
+                BLOCK_D=next_power_of_2(head_dim),
+                SPLIT_TOKENS=SPLIT_TOKENS,
+                num_warps=2,
+                enable_fp_fusion=True,
+            )
+    return out if lse is None else (out, lse)

@@ -1,0 +1,203 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""This module holds the plan of a step's attention: which split of which sequence is which work item, and where partial
+results go. It does not know how a split is attended to.
+
+A split is `SPLIT_TOKENS` keys at absolute positions, so that neither neighbours nor the number of multiprocessors
+decide where a row's sum is cut. Items are counted on the device, from the lengths as they are when the plan runs: the
+host knows only how many there may be, and a captured plan serves every replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.launch import cdiv
+from .gather import SPLIT_TOKENS
+from .reference import MAX_DECODE_QUERY_LEN
+
+if TYPE_CHECKING:
+    from . import AttentionOp
+
+__all__ = ["DecodePlan", "plan_decode", "plan_paged_attention"]
+
+_BLOCK: Final = 256
+"""Sequences counted at once, and items written at once."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DecodePlan:
+    """The work of one step's decode attention and its scratch, shared by the step's layers, which run in turn."""
+
+    cu_splits: Tensor
+    """[num_seqs + 1] int32: the first item of each sequence, then the number of items."""
+    item_seqs: Tensor
+    """[max_items] int32: the sequence of each item."""
+    partial: Tensor
+    """[max_items, max_query_len * num_q_heads, head_dim] float32: weighted values of one split, not yet divided."""
+    partial_max: Tensor
+    partial_sum: Tensor
+    """[max_items, max_query_len * num_q_heads] float32: maximum (to base 2) and sum of the split's softmax.
+
+    Not one lse: beside a score of -30,000 it would have no digits left for the sum.
+    """
+    counters: Tensor | None
+    """[num_seqs, row tiles of all KV heads] int32 zeros: splits done, where the last one merges them all in the same
+    launch; None: a second launch merges."""
+    max_query_len: int
+    may_split: bool
+    """Whether the shapes let a sequence have several splits."""
+
+    def serves(self, num_seqs: int, num_q_heads: int, head_dim: int) -> bool:
+        """Whether this plan was made for a batch of these shapes."""
+        rows = self.max_query_len * num_q_heads
+        return len(self.cu_splits) == num_seqs + 1 and self.partial.shape[1:] == (rows, head_dim)
+
+
+@triton.jit
+def _num_items(p_cu_seqlens_q, p_seq_lens, o_seq, m_seq, SPLIT_TOKENS: tl.constexpr):
+    """Return how many items sequences have, [BLOCK]: rows without keys are still written, no rows are no work."""
+    b_query_len = tl.load(p_cu_seqlens_q + o_seq + 1, mask=m_seq, other=0)
+    b_query_len -= tl.load(p_cu_seqlens_q + o_seq, mask=m_seq, other=0)
+    b_seq_len = tl.load(p_seq_lens + o_seq, mask=m_seq, other=0)
+    return tl.where(b_query_len > 0, tl.maximum(tl.cdiv(b_seq_len, SPLIT_TOKENS), 1), 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "max_items", "max_query_len"])
+def plan_decode_kernel(
+    p_cu_splits,
+    p_item_seqs,
+    p_cu_seqlens_q,
+    p_seq_lens,
+    num_seqs,
+    max_items,
+    max_query_len,
+    SPLIT_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """cu_splits = prefix sums of the sequences' numbers of items; item_seqs[cu_splits[s] : cu_splits[s + 1]] = s.
+
+    One program handles one sequence: it counts the items before its own and writes its own. Grid: (num_seqs,).
+    """
+    i_seq = tl.program_id(0)
+    o_block = tl.arange(0, BLOCK)  # [BLOCK]
+    b_before = tl.zeros((BLOCK,), tl.int32)
+    for i_other in range(0, i_seq, BLOCK):
+        o_seq = i_other + o_block  # [BLOCK]
+        b_before += _num_items(p_cu_seqlens_q, p_seq_lens, o_seq, o_seq < i_seq, SPLIT_TOKENS)
+    i_first = tl.sum(b_before, 0)
+    num_own = _num_items(p_cu_seqlens_q, p_seq_lens, i_seq, True, SPLIT_TOKENS)
+    tl.device_assert(i_first + num_own <= max_items, "more splits than max_splits")
+    query_len = tl.load(p_cu_seqlens_q + i_seq + 1) - tl.load(p_cu_seqlens_q + i_seq)
+    tl.device_assert(query_len <= max_query_len, "more query tokens than max_query_len")
+
+    # A caller who promised fewer splits loses results, but nothing is written past the scratch.
+    i_end = tl.minimum(i_first + num_own, max_items)
+    for i_item in range(i_first, i_end, BLOCK):
+        o_item = i_item + o_block  # [BLOCK]
+        tl.store(p_item_seqs + o_item, i_seq + tl.zeros((BLOCK,), tl.int32), mask=o_item < i_end)
+    tl.store(p_cu_splits + i_seq, i_first)
+    if i_seq == num_seqs - 1:
+        tl.store(p_cu_splits + num_seqs, i_end)
+
+
+def plan_decode(
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    *,
+    max_query_len: int,
+    num_q_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_splits: int | None = None,
+    fused: bool = False,
+) -> DecodePlan:
+    """Plan a step's decode attention on the device; see `octavo.kernels.plan_paged_attention`.
+
+    Args:
+        fused: let the last of a sequence's splits merge them all, instead of a second launch.
+
+    Raises:
+        ValueError: decode does not take so many query tokens.
+    """
+    num_seqs = seq_lens.shape[0]
+    longest = max_query_len
+    if num_seqs and cu_seqlens_q.device.type == "cpu":  # no device to wait for, so what is there can be looked at
+        longest = max(longest, int(cu_seqlens_q.diff().max()))
+    if longest > MAX_DECODE_QUERY_LEN:
+        raise ValueError(f"a sequence has {longest} query tokens; decode takes at most {MAX_DECODE_QUERY_LEN}")
+    splits_per_seq = max(1, cdiv(block_table.shape[1] * block_size, SPLIT_TOKENS))
+    max_items = num_seqs * splits_per_seq
+    if max_splits is not None:
+        max_items = min(max_items, num_seqs + max_splits)  # one item each where a sequence has no key
+    num_rows = max_query_len * num_q_heads
+    new, device = torch.empty, seq_lens.device
+    plan = DecodePlan(
+        cu_splits=new(num_seqs + 1, dtype=torch.int32, device=device),
+        item_seqs=new(max_items, dtype=torch.int32, device=device),
+        partial=new((max_items, num_rows, head_dim), dtype=torch.float32, device=device),
+        partial_max=new((max_items, num_rows), dtype=torch.float32, device=device),
+        partial_sum=new((max_items, num_rows), dtype=torch.float32, device=device),
+        counters=torch.zeros((num_seqs, num_rows), dtype=torch.int32, device=device) if fused else None,
+        max_query_len=max_query_len,
+        may_split=splits_per_seq > 1,
+    )
+    if num_seqs:
+        plan_decode_kernel[(num_seqs,)](
+            plan.cu_splits,
+            plan.item_seqs,
+            cu_seqlens_q,
+            seq_lens,
+            num_seqs,
+            max_items,
+            max_query_len,
+            SPLIT_TOKENS=SPLIT_TOKENS,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+    return plan
+
+
+def plan_paged_attention(
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    *,
+    op: AttentionOp,
+    num_tokens: int,
+    max_query_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_splits: int | None = None,
+    invariant: bool = False,
+) -> Any:
+    """See `octavo.kernels.plan_paged_attention`. Decode's bits depend on a row's own prefix alone in any case."""
+    if op == "prefill":
+        from .worklist_triton import plan_prefill
+
+        return plan_prefill(
+            cu_seqlens_q,
+            seq_lens,
+            num_tokens=num_tokens,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )
+    return plan_decode(
+        cu_seqlens_q,
+        seq_lens,
+        block_table,
+        max_query_len=max_query_len,
+        num_q_heads=num_q_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        max_splits=max_splits,
+    )
