@@ -12,10 +12,10 @@ from .calls import INTERPRETER
 from .paged import Shape
 
 TRITON_BLOCK_SIZES: Final = (16, 32, 64, 128)
-_FLOAT64: Final = ("float64", torch.float64)
+_REFUSED: Final = ("float64", torch.float64, "quantised_needle")
 _TILE: Final = 64
-MAX_TILES: Final = 10
-"""Tiles of keys that one call of a check may walk in the small tier: the interpreter takes some 20 ms for each."""
+MAX_TILES: Final = 20
+"""Tiles of keys that one call of a check may walk in the small tier, of which a check makes up to ten."""
 
 
 def _num_tiles(shape: Shape) -> int:
@@ -25,8 +25,15 @@ def _num_tiles(shape: Shape) -> int:
     )
 
 
+def _takes_case(case: Case) -> bool:
+    if case.dtype in _REFUSED or case.get("block_size", 16) not in TRITON_BLOCK_SIZES:
+        return False
+    # Attention reads caches of q's dtype; write_kv, whose cases have no sequences, writes all kinds.
+    return "seqs" not in case.values or case.get("cache") is None
+
+
 def takes(backend: str, values: Iterable[Any], *, small: bool = False) -> bool:
-    """Whether a backend takes a test's parameters; Triton refuses float64 and odd block sizes by name.
+    """Whether a backend takes a test's parameters; Triton refuses by name what it does not.
 
     Args:
         small: whether to refuse also what takes the interpreter long.
@@ -34,11 +41,11 @@ def takes(backend: str, values: Iterable[Any], *, small: bool = False) -> bool:
     if backend != "triton":
         return True
     for value in values:
-        if isinstance(value, Shape | Case):
-            block_size = value.block_size if isinstance(value, Shape) else value.get("block_size", 16)
-            if value.dtype in _FLOAT64 or block_size not in TRITON_BLOCK_SIZES:
-                return False
-        if isinstance(value, str | torch.dtype) and value in _FLOAT64:
+        if isinstance(value, str | torch.dtype) and value in _REFUSED:
+            return False
+        if isinstance(value, Shape) and (value.dtype in _REFUSED or value.block_size not in TRITON_BLOCK_SIZES):
+            return False
+        if isinstance(value, Case) and not _takes_case(value):
             return False
         if small and INTERPRETER and isinstance(value, Shape) and _num_tiles(value) > MAX_TILES:
             return False

@@ -11,6 +11,7 @@ from .attention_rounding import check_rounding
 from .rounding import assert_rounding, errors
 from .seeds import case_inputs
 
+OPS = ("paged_attention_prefill", "paged_attention_decode")
 SPECS = {name: spec for name, spec in load_specs().items() if spec.bounds == "attention"}
 CASES = [(spec, case) for spec in SPECS.values() for case in spec.cases if case.tier != "bench"]
 
