@@ -30,8 +30,9 @@ _MIX: Final = {
     "special functions": ("MUFU",),
     "float": ("F", "HADD", "HMUL", "HFMA", "HMNMX", "DADD", "DMUL", "DFMA"),
     "exchange and barriers": ("SHFL", "BAR", "SYNCS", "WARPSYNC", "REDUX", "VOTE", "MATCH", "ELECT"),
-    "integer and moves": tuple(
-        ["I", "LEA", "LOP", "SHF", "SEL", "PRMT", "UI", "ULEA", "ULOP", "USHF", "USEL", "UPRMT", "VI", "PLOP", "P2R", "R2P", "MOV", "UMOV", "S2", "CS2R", "R2UR"]
+    "integer and moves": (
+        *("I", "LEA", "LOP", "SHF", "SEL", "PRMT", "PLOP", "P2R", "R2P", "VI", "MOV", "S2", "CS2R", "R2UR"),
+        *("UI", "ULEA", "ULOP", "USHF", "USEL", "UPRMT", "UMOV"),
     ),
 }
 """Kind -> beginnings of opcodes; the first that fits, so that LDGSTS is global memory."""

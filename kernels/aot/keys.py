@@ -1,0 +1,43 @@
+"""This module holds the set of variants that an engine can launch, from its configuration alone. It does not know how
+they compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .calls import Settings, engine_calls
+from .driver import Launch, recording
+from .targets import GPUS, Model
+
+__all__ = ["Variant", "list_variants"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A variant of a kernel, and which op's call wants it first."""
+
+    launch: Launch
+    op: str
+    name: str
+    """What was special about that call; with a number where one kernel has several variants of the same name."""
+
+    def __str__(self) -> str:
+        constants, signature = self.launch.constants, self.launch.signature
+        arguments = [f"{name}: {kind}" for name, kind in signature.items()]
+        values = [f"{name}={value}" for name, value in constants.items() if value is not None]
+        return f"{self.launch.target} {self.launch.kernel}({', '.join([*arguments, *values])})"
+
+
+def list_variants(model: Model, settings: Sequence[Settings], target: str) -> list[Variant]:
+    """Return every variant that engines of these settings can launch, in the order of first use."""
+    found: list[Variant] = []
+    names: dict[tuple[str, str], int] = {}
+    with recording(GPUS[target]) as seen:
+        for call in (call for one in settings for call in engine_calls(model, one)):
+            call.run()
+            for launch in list(seen)[len(found) :]:
+                count = names[launch.kernel, call.label] = names.get((launch.kernel, call.label), 0) + 1
+                found.append(Variant(launch, call.op, call.label if count == 1 else f"{call.label} #{count}"))
+    return found

@@ -1,0 +1,51 @@
+"""This module holds how much the kernels do in one round of their main loop. It does not know how they do it.
+
+Over the instructions that one warp issues for it, this is the efficiency that a kernel can have at best, and it needs
+no GPU: an H100 issues four warp-instructions per clock and multiprocessor, whatever they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from .driver import Launch
+
+__all__ = ["Work", "work"]
+
+_BYTES: Final = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1}
+
+
+class Work(NamedTuple):
+    """What one program does in one round of its main loop, or altogether where it has no loop."""
+
+    flop: int | None = None
+    """Floating-point operations of its matrix products, masked ones included."""
+    bytes: int | None = None
+    """Bytes that it reads and writes of the tensors that grow with the batch."""
+
+
+class _Variant:
+    def __init__(self, launch: Launch) -> None:
+        self._constants, self._signature = launch.constants, launch.signature
+
+    def __getitem__(self, constant: str) -> int:
+        value: int = self._constants[constant]
+        return value
+
+    def itemsize(self, pointer: str) -> int:
+        kind = self._signature[pointer].lstrip("*").removesuffix(":16")
+        return _BYTES.get(kind, 1)
+
+
+_WORK: Final[dict[str, Callable[[_Variant], Work]]] = {
+    "_prefill": lambda v: Work(flop=4 * v["BLOCK_M"] * v["BLOCK_N"] * v["HEAD_DIM"]),
+    "decode_kernel": lambda v: Work(bytes=2 * v["BLOCK_N"] * v["HEAD_DIM"] * v.itemsize("p_k_cache")),
+}
+"""Kernel -> its work, from its constants and the sizes of its tensors' elements."""
+
+
+def work(launch: Launch) -> Work:
+    """Return what one round of a variant's main loop does; a kernel without an entry does nothing that is counted."""
+    count: Any = _WORK.get(launch.kernel)
+    return count(_Variant(launch)) if count else Work()
