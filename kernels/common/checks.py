@@ -13,6 +13,8 @@ __all__ = [
     "FLOAT_DTYPES",
     "check_attention",
     "check_choice",
+    "check_float",
+    "check_kernel_float",
     "check_out",
     "check_positive",
     "check_shape",
@@ -46,6 +48,12 @@ def check_float(name: str, x: Tensor) -> None:
     """Raise ValueError unless `x` holds floating-point numbers an op computes with."""
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} has dtype {x.dtype}; allowed: float32, float16, bfloat16, float64")
+
+
+def check_kernel_float(name: str, x: Tensor) -> None:
+    """Raise ValueError unless `x` holds floating-point numbers a kernel computes with: float32 is its widest."""
+    if x.dtype not in FLOAT_DTYPES - {torch.float64}:
+        raise ValueError(f"{name} has dtype {x.dtype}; the triton backend takes float32, float16, bfloat16")
 
 
 def check_out(out: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Tensor) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import octavo.kernels
 import pytest
 import torch
 from octavo.kernels.activation import Activation
+from octavo.kernels.dispatch import available_backends
 from octavo.kernels.spec import Case
 
-from . import mlp_checks
+from . import calls, mlp_checks
 from .attention_checks import same_bits
+
+OPS = ("gated_activation", "ungated_activation")
 
 
 @pytest.mark.parametrize("case", mlp_checks.CASES, ids=lambda case: case.name)
@@ -27,7 +29,7 @@ def test_ungated(backend: str, case: Case, seeds: range) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_comes_first(backend: str, dtype: torch.dtype) -> None:
     x = torch.tensor([[0.0, 100.0, 3.0, 5.0]], dtype=dtype)
-    assert octavo.kernels.gated_activation(x, "silu").tolist() == [[0.0, 500.0]]
+    assert calls.gated_activation(x, "silu").tolist() == [[0.0, 500.0]]
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
@@ -35,19 +37,39 @@ def test_the_gate_comes_first(backend: str, dtype: torch.dtype) -> None:
 def test_out(backend: str, kind: Activation, dtype: torch.dtype) -> None:
     x = torch.linspace(-5, 5, 24).view(2, 12).to(dtype)
     expected, plain, kept = (
-        octavo.kernels.gated_activation(x, kind),
-        octavo.kernels.ungated_activation(x, kind),
+        calls.gated_activation(x, kind),
+        calls.ungated_activation(x, kind),
         x.clone(),
     )
     out = torch.full((2, 6), float("nan"), dtype=dtype)
-    assert octavo.kernels.gated_activation(x, kind, out=out) is out
+    assert calls.gated_activation(x, kind, out=out) is out
     assert same_bits(out, expected)
     assert same_bits(x, kept)
-    assert octavo.kernels.ungated_activation(x, kind, out=x) is x
+    assert calls.ungated_activation(x, kind, out=x) is x
     assert same_bits(x, plain)
 
 
 def test_large_arguments(backend: str) -> None:
     x = torch.tensor([[-200.0, 200.0, 1.0, 1.0]])
     for kind in ("silu", "gelu", "gelu_tanh"):
-        assert octavo.kernels.gated_activation(x, kind).tolist() == [[0.0, 200.0]]
+        assert calls.gated_activation(x, kind).tolist() == [[0.0, 200.0]]
+
+
+def test_rows_may_lie_apart_and_be_wide(backend: str) -> None:
+    """Rows longer than one program's part, in tensors with room between rows."""
+    wide = torch.linspace(-4, 4, 2 * 5000).view(2, 5000)
+    x, out = wide[:, :4200], torch.full((2, 2200), 7.0)
+    assert calls.gated_activation(x, "silu", out=out[:, :2100]) is not x
+    assert same_bits(out[:, :2100], calls.gated_activation(x.contiguous(), "silu"))
+    for i, j in ((0, 0), (1, 2047), (1, 2048), (0, 2099)):
+        alone = calls.gated_activation(x[i, [j, 2100 + j]].view(1, 2), "silu")
+        assert (alone - out[i, j]).abs() <= 2.0**-22 * alone.abs()
+    assert bool((out[:, 2100:] == 7).all())
+
+
+@pytest.mark.parametrize("backend", [b for b in available_backends(*OPS) if b == "triton"], indirect=True)
+def test_what_kernels_cannot_compute_is_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"x has dtype torch.float64; the triton backend takes float32"):
+        calls.gated_activation(torch.ones(1, 4, dtype=torch.float64), "silu")
+    with pytest.raises(ValueError, match=r"x has strides \(1, 4\); the last one must be 1"):
+        calls.ungated_activation(torch.ones(2, 4).t(), "silu")

@@ -1,0 +1,200 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""This module holds the normalisation ops as Triton kernels. It does not know the layers that use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.checks import check_kernel_float, check_out, check_shape
+from ..common.launch import next_power_of_2
+
+__all__ = ["Config", "config", "layer_norm", "rms_norm"]
+
+MAX_HIDDEN_SIZE = 16_384  # 32 float32 per thread of 16 warps; a wider row would spill
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one call is launched."""
+
+    block: int
+    num_warps: int
+
+
+def config(*, hidden_size: int) -> Config:
+    """Return the launch settings of one row's length: 16 elements per thread, whatever the number of rows.
+
+    The number of warps is the order of a row's sums: if it followed the batch, so would the bits.
+    """
+    block = next_power_of_2(hidden_size)
+    return Config(block=block, num_warps=min(max(block // 512, 1), 16))
+
+
+@triton.jit
+def _load_sum(p_x, p_residual, o_dim, m_dim):
+    """Return x, or what the residual holds once x is added to it, in float32: [BLOCK]."""
+    b_x = tl.load(p_x + o_dim, mask=m_dim, other=0.0)  # [BLOCK]
+    if p_residual is not None:
+        b_residual = tl.load(p_residual + o_dim, mask=m_dim, other=0.0)  # [BLOCK]
+        b_x = (b_x.to(tl.float32) + b_residual.to(tl.float32)).to(b_x.dtype)
+        tl.store(p_residual + o_dim, b_x, mask=m_dim)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
+def _inverse_root(square_sum, eps, HIDDEN_SIZE: tl.constexpr):
+    """Return 1 / sqrt(square_sum / HIDDEN_SIZE + eps), each step rounded once: rsqrt alone may be off by two."""
+    return tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.math.div_rn(square_sum, 1.0 * HIDDEN_SIZE) + eps))
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x,
+    weight,
+    residual,
+    out,
+    eps,
+    weight_offset,
+    X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = s / sqrt(mean(s²) + eps) · (weight + weight_offset); s = x, or residual += x as rounded.
+
+    One program handles one row. Grid: (rows,).
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    o_dim = tl.arange(0, BLOCK)
+    m_dim = o_dim < HIDDEN_SIZE
+    p_residual = residual if residual is None else residual + i_row * RESIDUAL_STRIDE
+    b_weight = tl.load(weight + o_dim, mask=m_dim, other=0.0).to(tl.float32)  # [BLOCK]
+    b_x = _load_sum(x + i_row * X_STRIDE, p_residual, o_dim, m_dim)  # [BLOCK]
+    inverse = _inverse_root(tl.sum(b_x * b_x, axis=0), eps, HIDDEN_SIZE)
+    b_out = b_x * inverse * (b_weight + weight_offset)  # [BLOCK]
+    tl.store(out + i_row * OUT_STRIDE + o_dim, b_out.to(out.dtype.element_ty), mask=m_dim)
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    eps,
+    X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = (s − mean(s)) / sqrt(var(s) + eps) · weight + bias; s = x, or residual += x as rounded.
+
+    One program handles one row. Grid: (rows,).
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    o_dim = tl.arange(0, BLOCK)
+    m_dim = o_dim < HIDDEN_SIZE
+    p_residual = residual if residual is None else residual + i_row * RESIDUAL_STRIDE
+    b_weight = tl.load(weight + o_dim, mask=m_dim, other=0.0).to(tl.float32)  # [BLOCK]
+    b_x = _load_sum(x + i_row * X_STRIDE, p_residual, o_dim, m_dim)  # [BLOCK]
+    mean = tl.math.div_rn(tl.sum(b_x, axis=0), 1.0 * HIDDEN_SIZE)
+    b_centred = tl.where(m_dim, b_x - mean, 0.0)  # [BLOCK]
+    inverse = _inverse_root(tl.sum(b_centred * b_centred, axis=0), eps, HIDDEN_SIZE)
+    b_out = b_centred * inverse * b_weight  # [BLOCK]
+    if bias is not None:
+        b_out += tl.load(bias + o_dim, mask=m_dim, other=0.0).to(tl.float32)
+    tl.store(out + i_row * OUT_STRIDE + o_dim, b_out.to(out.dtype.element_ty), mask=m_dim)
+
+
+def _rows(name: str, x: Tensor) -> Tensor:
+    """Return [rows, hidden_size] on x's own memory, elements of a row side by side."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} has strides {x.stride()}; the last one must be 1")
+    return x.view(-1, x.shape[-1])
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> None:
+    check_kernel_float("x", x)
+    if not 0 < x.shape[-1] <= MAX_HIDDEN_SIZE:
+        raise ValueError(f"x has {x.shape[-1]} elements per row; the triton backend takes 1 to {MAX_HIDDEN_SIZE}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_shape(name, vector, (x.shape[-1],))
+            check_kernel_float(name, vector)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}; x is {tuple(x.shape)} {x.dtype}")
+    check_out(out, x.shape, x)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `octavo.kernels.rms_norm`."""
+    _check(x, weight, None, residual, out)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    rows, sums, written = _rows("x", x), None if residual is None else _rows("residual", residual), _rows("out", out)
+    settings = config(hidden_size=x.shape[-1])
+    if len(rows):
+        _rms_norm_kernel[(len(rows),)](
+            rows,
+            weight.contiguous(),
+            sums,
+            written,
+            eps,
+            weight_offset,
+            X_STRIDE=rows.stride(0),
+            RESIDUAL_STRIDE=0 if sums is None else sums.stride(0),
+            OUT_STRIDE=written.stride(0),
+            HIDDEN_SIZE=x.shape[-1],
+            BLOCK=settings.block,
+            num_warps=settings.num_warps,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `octavo.kernels.layer_norm`."""
+    _check(x, weight, bias, residual, out)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    rows, sums, written = _rows("x", x), None if residual is None else _rows("residual", residual), _rows("out", out)
+    settings = config(hidden_size=x.shape[-1])
+    if len(rows):
+        _layer_norm_kernel[(len(rows),)](
+            rows,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            sums,
+            written,
+            eps,
+            X_STRIDE=rows.stride(0),
+            RESIDUAL_STRIDE=0 if sums is None else sums.stride(0),
+            OUT_STRIDE=written.stride(0),
+            HIDDEN_SIZE=x.shape[-1],
+            BLOCK=settings.block,
+            num_warps=settings.num_warps,
+            enable_fp_fusion=True,
+        )
+    return out
