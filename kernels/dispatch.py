@@ -36,8 +36,8 @@ _log = logging.getLogger("octavo.kernels")
 
 OPS: Final[dict[str, dict[Backend, str]]] = {
     "paged_attention_prefill": {"torch": ".attention.reference"},
-    "paged_attention_decode": {"torch": ".attention.reference"},
-    "plan_paged_attention": {"torch": ".attention.gather"},
+    "paged_attention_decode": {"torch": ".attention.reference", "triton": ".attention.decode_triton"},
+    "plan_paged_attention": {"torch": ".attention.gather", "triton": ".attention.plan_triton"},
     "write_kv": {"torch": ".kv_cache.reference"},
     "plan_write_kv": {"torch": ".kv_cache.reference"},
     "copy_blocks": {"torch": ".kv_cache.reference"},
