@@ -28,6 +28,7 @@ from .. import (
     ungated_activation,
     write_kv,
 )
+from ..attention import SPLIT_TOKENS
 from ..dispatch import OPS
 from ..sampling import AllowedTokens, BannedTokens, LogitBias, Penalties, SampleParams
 from .targets import Model
@@ -202,6 +203,7 @@ def attention_call(
                 num_kv_heads=model.num_kv_heads,
                 head_dim=model.head_dim,
                 block_size=settings.block_size,
+                max_splits=num_seqs * -(-max_blocks_per_seq * settings.block_size // SPLIT_TOKENS),
                 invariant=settings.invariant,
             )
         arguments: dict[str, Any] = dict(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..common.compiled import describe_variant
 from .calls import Settings, engine_calls
 from .driver import Launch, recording
 from .targets import GPUS, Model
@@ -24,10 +25,8 @@ class Variant:
     """What was special about that call; with a number where one kernel has several variants of the same name."""
 
     def __str__(self) -> str:
-        constants, signature = self.launch.constants, self.launch.signature
-        arguments = [f"{name}: {kind}" for name, kind in signature.items()]
-        values = [f"{name}={value}" for name, value in constants.items() if value is not None]
-        return f"{self.launch.target} {self.launch.kernel}({', '.join([*arguments, *values])})"
+        launch = self.launch
+        return f"{launch.target} {launch.kernel}({describe_variant(launch.specialization)})"
 
 
 def list_variants(model: Model, settings: Sequence[Settings], target: str) -> list[Variant]:
