@@ -1,15 +1,17 @@
 """This module holds every planted bug and the checks that must catch it. It does not know how results are shown.
 
-A bug is planted in a second, plain implementation of the op, which stands in for the real one while the checks run:
-the real one may be rewritten for speed without one bug losing its place.
+A bug is planted in a second, plain implementation of the op, which stands in for the real one while the checks run: the
+real one may be rewritten for speed without one bug losing its place. Bugs in the kernels are in `kernels.py`.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from octavo.kernels import dispatch
@@ -25,15 +27,16 @@ from . import attention, small_ops
 Check = Callable[[], None]
 Checks = tuple[tuple[str, Check], ...]
 """(layer and name, check), in the order they are tried."""
+_TESTS: Final = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted bug: `ops` replaces these ops, and one of `checks` must raise AssertionError."""
+    """One bug: while `plant()` is entered, one of `checks` must raise AssertionError."""
 
     name: str
     meaning: str
-    ops: dict[str, Callable[..., Any]]
+    plant: Callable[[], AbstractContextManager[None]]
     checks: Checks
 
 
@@ -78,12 +81,21 @@ _CHECKS: Final = {
 }
 
 
-def _attention(bug: str | None) -> dict[str, Callable[..., Any]]:
-    return {op: partial(attention.attend, bug) for op in (PREFILL, DECODE)}
+@contextmanager
+def _stand_in(ops: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(dispatch.use_backend("torch"))
+        for op, function in ops.items():
+            stack.enter_context(dispatch.override(op, function))
+        yield
 
 
-def _small(op: str, bug: str | None) -> dict[str, Callable[..., Any]]:
-    return {op: partial(getattr(small_ops, op), bug)}
+def _attention(bug: str | None) -> Callable[[], AbstractContextManager[None]]:
+    return partial(_stand_in, {op: partial(attention.attend, bug) for op in (PREFILL, DECODE)})
+
+
+def _small(op: str, bug: str | None) -> Callable[[], AbstractContextManager[None]]:
+    return partial(_stand_in, {op: partial(getattr(small_ops, op), bug)})
 
 
 def mutants() -> list[Mutant]:
@@ -101,20 +113,28 @@ def healthy() -> list[Mutant]:
     return found + [Mutant(f"{op}: no bug", "", _small(op, None), checks) for op, checks in _CHECKS.items()]
 
 
-@contextmanager
-def _planted(mutant: Mutant) -> Iterator[None]:
-    with ExitStack() as stack:
-        for op, function in mutant.ops.items():
-            stack.enter_context(dispatch.override(op, function))
-        yield
+def _is_a_checks_own(error: AssertionError) -> bool:
+    """Whether a check raised it, or the bounds layer, and not the op itself, which is a crash."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_TESTS)
 
 
 def killer(mutant: Mutant) -> str | None:
-    """Return the check that turns red and why, or None where the bug survives; any other exception passes through."""
-    with dispatch.use_backend("torch"), poisoned_allocations(), _planted(mutant):
+    """Return the check that turns red and why, or None where the bug survives.
+
+    A crash proves nothing: where no check catches the bug, the first crash passes through.
+    """
+    crash: Exception | None = None
+    with mutant.plant(), poisoned_allocations():
         for name, check in mutant.checks:
             try:
                 check()
             except AssertionError as error:
-                return f"{name}: {str(error).partition(chr(10))[0]}"
+                if _is_a_checks_own(error):
+                    layer = "bounds, in " if type(error).__name__ == "OutOfBoundsError" else ""
+                    return f"{layer}{name}: {str(error).partition(chr(10))[0]}"
+                crash = crash or error
+            except Exception as error:
+                crash = crash or error
+    if crash is not None:
+        raise crash
     return None

@@ -1,4 +1,4 @@
-"""This package holds the bugs to plant in the Triton kernels, one module per kernel. It does not know what catches them.
+"""This package holds the bugs to plant in the Triton kernels, one module each. It does not know what catches them.
 
 Each module has `PATCHES`: replacements in the source of one kernel's file.
 """
