@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LN2", "LOG2E", "capped", "check_supported", "finish", "key_rows", "load_rows", "softmax_step"]
+__all__ = ["LN2", "LOG2E", "capped", "check_supported", "finish", "key_rows", "load_rows", "slot_rows", "softmax_step"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -22,18 +22,28 @@ _MIN_HEAD_DIM, _MAX_HEAD_DIM = 16, 256
 
 
 @triton.jit
-def key_rows(p_blocks, o_key, BLOCK_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def slot_rows(b_block, o_key, BLOCK_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Return where each key's row starts in one KV head's part of the pool, in elements: [BLOCK_N] int64.
 
+    Args:
+        b_block: [BLOCK_N], each key's block, or the one block of them all; int64 before it is multiplied.
+        o_key: [BLOCK_N] positions.
+    """
+    return b_block.to(tl.int64) * BLOCK_STRIDE + (o_key % BLOCK_SIZE) * HEAD_DIM
+
+
+@triton.jit
+def key_rows(p_blocks, o_key, BLOCK_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return `slot_rows` of keys whose blocks are looked up.
+
     One block id per key, not per block: a reshape of ids to keys would lose what is known of their alignment, and with
-    it every wide load. Ids are int64 before they are multiplied.
+    it every wide load.
 
     Args:
         p_blocks: the sequence's row of the block table.
         o_key: [BLOCK_N] positions, each of them a key that some row sees: what lies elsewhere may be NaN.
     """
-    b_block = tl.load(p_blocks + o_key // BLOCK_SIZE).to(tl.int64)  # [BLOCK_N]
-    return b_block * BLOCK_STRIDE + (o_key % BLOCK_SIZE) * HEAD_DIM
+    return slot_rows(tl.load(p_blocks + o_key // BLOCK_SIZE), o_key, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM)
 
 
 @triton.jit

@@ -1,0 +1,323 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""This module holds prefill attention as a Triton kernel. It does not know in what order its work was listed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.checks import check_attention, check_positive
+from ..common.launch import Target, cdiv, next_power_of_2, target
+from .tile_triton import LOG2E, capped, check_supported, finish, load_rows, slot_rows, softmax_step
+from .worklist_triton import heads_per_tile, list_work, tokens_per_item
+
+__all__ = ["Config", "config", "paged_attention_prefill"]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one call is launched: `block_m` rows are `block_q` successive query tokens times `heads` heads of a group."""
+
+    block_m: int
+    block_n: int
+    heads: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def block_q(self) -> int:
+        """Query tokens of one tile; heads that do not divide the rows leave some of them idle."""
+        return self.block_m // self.heads
+
+
+def config(*, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, target: Target) -> Config:
+    """Return the launch settings of one geometry: the largest tiles that spill no register on any target.
+
+    Args:
+        plain: without window and soft cap, which cost registers.
+    """
+    if dtype == torch.float32:  # no tensor cores for exact products: their operands are in registers
+        block_m, num_warps, num_stages = 32, 16, 2
+        block_n = 32 if plain and head_dim <= 128 else 16
+    else:
+        # Stages: the keys and values of the next two tiles are on their way while one is computed.
+        block_m, num_warps, num_stages = 128 if head_dim <= 128 else 64, 8, 3
+        block_n = 64
+        if target.arch < 90:
+            block_n = (64 if plain else 32) if head_dim <= 128 else (32 if plain else 16)
+    return Config(block_m, block_n, heads_per_tile(block_m, group_size), num_warps, num_stages)
+
+
+@triton.jit
+def _tile_blocks(
+    p_blocks, i_key, lowest, highest, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return the blocks of the keys i_key .. i_key + BLOCK_N - 1: [BLOCK_N], or the one they are all in."""
+    o_key = i_key
+    if BLOCK_SIZE % BLOCK_N != 0:
+        o_key = i_key + tl.arange(0, BLOCK_N)
+    if MASKED:
+        o_key = tl.maximum(o_key, lowest)
+    return tl.load(p_blocks + tl.minimum(o_key, highest) // BLOCK_SIZE)
+
+
+@triton.jit
+def _attend_keys(
+    b_acc,
+    b_max,
+    b_sum,
+    b_q,
+    p_keys,
+    p_values,
+    p_blocks,
+    o_position,
+    first,
+    end,
+    lowest,
+    highest,
+    scale,
+    window,
+    soft_cap,
+    MASKED: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Take the keys first .. end - 1 of a sequence into the running softmax of BLOCK_M rows.
+
+    Args:
+        first: a multiple of BLOCK_N: the order in which keys are summed depends on positions alone.
+        lowest, highest: the outermost keys that any row sees; MASKED reads them where a lane is outside.
+        MASKED: whether some row may not see some of the keys.
+    """
+    o_tile = tl.arange(0, BLOCK_N)
+    o_dim = tl.arange(0, BLOCK_D)
+    # Looked up one tile ahead: rows whose address is known when an iteration starts can be fetched tiles in advance.
+    b_block = _tile_blocks(p_blocks, first, lowest, highest, MASKED, BLOCK_SIZE, BLOCK_N)
+    for i_key in range(first, end, BLOCK_N):
+        o_key = tl.multiple_of(i_key, BLOCK_N) + o_tile  # [BLOCK_N]
+        o_read = o_key
+        if MASKED:
+            o_read = tl.minimum(tl.maximum(o_key, lowest), highest)
+        o_row = slot_rows(b_block, o_read, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM)
+        b_block = _tile_blocks(p_blocks, i_key + BLOCK_N, lowest, highest, MASKED, BLOCK_SIZE, BLOCK_N)
+        b_keys = load_rows(p_keys, o_row, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        factor = scale * LOG2E
+        if soft_cap is not None:
+            b_scores = capped(b_scores, scale / soft_cap, soft_cap)
+            factor = 1.0
+        if MASKED:
+            m_visible = o_key[None, :] <= o_position[:, None]
+            if window is not None:
+                m_visible &= o_key[None, :] > o_position[:, None] - window
+            b_scores = tl.where(m_visible, b_scores, float("-inf"))
+        b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, MASKED)
+        b_values = load_rows(p_values, o_row, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
+    return b_acc, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["table_stride", "window"])
+def _prefill(
+    p_q,
+    p_k_cache,
+    p_v_cache,
+    p_out,
+    p_lse,
+    p_sinks,
+    p_items,
+    p_cu_seqlens_q,
+    p_seq_lens,
+    p_block_table,
+    scale,
+    window,
+    soft_cap,
+    table_stride,
+    q_row_stride,
+    out_row_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ITEM_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[t, h] = softmax over visible keys of (q[t, h] · k · scale) · v.
+
+    One program handles BLOCK_Q = BLOCK_M // HEADS successive query tokens of one sequence, with HEADS heads of one KV
+    head as neighbouring rows. Grid: (work items × PARTS, KV heads × HEAD_TILES); neighbours in the first axis run
+    together and share a head's keys in cache.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
+    PARTS: tl.constexpr = (ITEM_TOKENS + BLOCK_Q - 1) // BLOCK_Q
+    HEAD_TILES: tl.constexpr = (GROUP_SIZE + HEADS - 1) // HEADS
+    BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    p_item = p_items + tl.program_id(0) // PARTS * 2
+    i_seq = tl.load(p_item)
+    if i_seq < 0:  # more programs than work: the host knows only a bound
+        return
+    i_part = tl.program_id(0) % PARTS * BLOCK_Q
+    i_first = tl.load(p_item + 1) * ITEM_TOKENS + i_part
+    i_kv_head = tl.program_id(1) // HEAD_TILES
+    i_row = tl.load(p_cu_seqlens_q + i_seq).to(tl.int32)
+    query_len = tl.load(p_cu_seqlens_q + i_seq + 1).to(tl.int32) - i_row
+    seq_len = tl.load(p_seq_lens + i_seq).to(tl.int32)
+    if i_first >= query_len:  # the last item of a sequence may have fewer parts
+        return
+
+    o_m = tl.arange(0, BLOCK_M)
+    o_token = i_first + o_m // HEADS  # [BLOCK_M], of the sequence's query tokens
+    o_group = tl.program_id(1) % HEAD_TILES * HEADS + o_m % HEADS
+    m_row = o_token < query_len
+    if BLOCK_Q * HEADS < BLOCK_M:
+        m_row &= o_m < BLOCK_Q * HEADS
+    if PARTS * BLOCK_Q > ITEM_TOKENS:
+        m_row &= i_part + o_m // HEADS < ITEM_TOKENS
+    if HEAD_TILES * HEADS > GROUP_SIZE:
+        m_row &= o_group < GROUP_SIZE
+    o_head = i_kv_head * GROUP_SIZE + o_group
+    o_global = (i_row + o_token).to(tl.int64)
+    o_dim = tl.arange(0, BLOCK_D)
+    b_q = load_rows(p_q, o_global * q_row_stride + o_head * HEAD_DIM, m_row, o_dim, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+
+    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if p_sinks is not None:
+        b_max = tl.load(p_sinks + o_head, mask=m_row, other=0.0).to(tl.float32) * LOG2E
+        b_sum += 1.0
+
+    # keys          low       lead           full      end
+    #   -----------|---------|--------------|---------|------   BLOCK_N divides low, lead and full
+    #     skipped    masked     all visible    masked            low .. lead only with a window
+    position = seq_len - query_len + i_first  # of the first row; the others follow
+    o_position = seq_len - query_len + o_token
+    end = tl.maximum(tl.minimum(position + BLOCK_Q, seq_len), 0)
+    highest = tl.maximum(end - 1, 0)
+    full = tl.maximum(position + 1, 0) // BLOCK_N * BLOCK_N
+    lowest = 0
+    lead = 0
+    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
+    if window is not None:
+        lowest = tl.maximum(position - window + 1, 0)
+        lead = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, end)
+        b_acc, b_max, b_sum = _attend_keys(
+            b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, lowest // BLOCK_N * BLOCK_N, lead, lowest,
+            highest, scale, window, soft_cap, True, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+    b_acc, b_max, b_sum = _attend_keys(
+        b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, lead, full, lowest,
+        highest, scale, window, soft_cap, False, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    b_acc, b_max, b_sum = _attend_keys(
+        b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, tl.maximum(lead, full), end, lowest,
+        highest, scale, window, soft_cap, True, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+
+    b_out, b_lse = finish(b_acc, b_max, b_sum)
+    m_out = m_row[:, None]
+    if BLOCK_D > HEAD_DIM:
+        m_out &= o_dim[None, :] < HEAD_DIM
+    p_rows = p_out + o_global[:, None] * out_row_stride + o_head[:, None] * HEAD_DIM + o_dim[None, :]
+    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_out)
+    if p_lse is not None:
+        tl.store(p_lse + o_global * (NUM_KV_HEADS * GROUP_SIZE) + o_head, b_lse, mask=m_row)
+
+
+def paged_attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    worklist: Any = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `Worklist`."""
+    check_attention(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q,
+        seq_lens,
+        block_table,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+    )
+    check_supported(q, k_cache, out)
+    check_positive("scale", scale)
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    group_size = num_q_heads // num_kv_heads
+    item_tokens = tokens_per_item(head_dim, group_size)
+    if worklist is None:
+        worklist = list_work(cu_seqlens_q, seq_lens, num_tokens=num_tokens, item_tokens=item_tokens)
+    assert worklist.item_tokens == item_tokens, "the worklist is another geometry's"
+    settings = config(
+        head_dim=head_dim,
+        group_size=group_size,
+        dtype=q.dtype,
+        plain=window is None and soft_cap is None,
+        target=target(q.device),
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    lse = q.new_empty((num_tokens, num_q_heads), dtype=torch.float32) if return_lse else None
+    if num_tokens:
+        num_programs = len(worklist.items) * cdiv(item_tokens, settings.block_q)
+        _prefill[num_programs, num_kv_heads * cdiv(group_size, settings.heads)](
+            q,
+            k_cache,
+            v_cache,
+            out,
+            lse,
+            sinks,
+            worklist.items,
+            cu_seqlens_q,
+            seq_lens,
+            block_table,
+            scale,
+            window,
+            soft_cap,
+            block_table.stride(0),
+            q.stride(0),
+            out.stride(0),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP_SIZE=group_size,
+            HEADS=settings.heads,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=block_size,
+            ITEM_TOKENS=item_tokens,
+            BLOCK_M=settings.block_m,
+            BLOCK_N=settings.block_n,
+            BLOCK_D=next_power_of_2(head_dim),
+            num_warps=settings.num_warps,
+            num_stages=settings.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out if lse is None else (out, lse)
