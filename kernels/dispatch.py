@@ -35,7 +35,7 @@ Implementation = Callable[..., Any]
 _log = logging.getLogger("octavo.kernels")
 
 OPS: Final[dict[str, dict[Backend, str]]] = {
-    "paged_attention_prefill": {"torch": ".attention.reference"},
+    "paged_attention_prefill": {"torch": ".attention.reference", "triton": ".attention.prefill_triton"},
     "paged_attention_decode": {"torch": ".attention.reference", "triton": ".attention.decode_triton"},
     "plan_paged_attention": {"torch": ".attention.gather", "triton": ".attention.plan_triton"},
     "write_kv": {"torch": ".kv_cache.reference"},
