@@ -38,15 +38,15 @@ OPS: Final[dict[str, dict[Backend, str]]] = {
     "paged_attention_prefill": {"torch": ".attention.reference", "triton": ".attention.prefill_triton"},
     "paged_attention_decode": {"torch": ".attention.reference", "triton": ".attention.decode_triton"},
     "plan_paged_attention": {"torch": ".attention.gather", "triton": ".attention.plan_triton"},
-    "write_kv": {"torch": ".kv_cache.reference"},
-    "plan_write_kv": {"torch": ".kv_cache.reference"},
-    "copy_blocks": {"torch": ".kv_cache.reference"},
+    "write_kv": {"torch": ".kv_cache.reference", "triton": ".kv_cache.write_triton"},
+    "plan_write_kv": {"torch": ".kv_cache.reference", "triton": ".kv_cache.write_triton"},
+    "copy_blocks": {"torch": ".kv_cache.reference", "triton": ".kv_cache.copy_triton"},
     "rms_norm": {"torch": ".norm.reference", "triton": ".norm.norm_triton"},
     "layer_norm": {"torch": ".norm.reference", "triton": ".norm.norm_triton"},
     "gated_activation": {"torch": ".activation.reference", "triton": ".activation.activation_triton"},
     "ungated_activation": {"torch": ".activation.reference", "triton": ".activation.activation_triton"},
-    "sample": {"torch": ".sampling.reference"},
-    "log_softmax_top": {"torch": ".sampling.reference"},
+    "sample": {"torch": ".sampling.reference", "triton": ".sampling.sample_triton"},
+    "log_softmax_top": {"torch": ".sampling.reference", "triton": ".sampling.logprobs_triton"},
 }
 """Op -> backend -> the module, relative to this package, that holds a function of the op's name."""
 

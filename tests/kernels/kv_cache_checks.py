@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import octavo.kernels
 import torch
 from octavo.kernels.spec import Case, generator, load_specs
 from torch import Tensor
 
-from . import oracle
+from . import calls, oracle
 from .attention_checks import same_bits
 from .rounding import assert_rounding
 from .seeds import case_inputs
@@ -26,7 +25,7 @@ def writes_what_it_should(case: Case, seed: int = 0) -> None:
     """Every written slot and q are the oracle's within one rounding; everything else keeps its bits."""
     inputs = case_inputs(SPECS["write_kv"], case, seed)
     before = _copies(inputs)
-    octavo.kernels.write_kv(**inputs)
+    calls.write_kv(**inputs)
 
     def prepared(heads: Tensor, norm: Tensor | None) -> Tensor:
         table = before.get("cos_sin")
@@ -90,7 +89,7 @@ def rotation_is_exact_at_zero(style: str) -> None:
     first, second = q.clone(), k.clone()
     k_cache = torch.full((2, 1, block_size, head_dim), float("nan"))
     v_cache = k_cache.clone()
-    octavo.kernels.write_kv(
+    calls.write_kv(
         q,
         k,
         v,
@@ -116,7 +115,7 @@ def padding_writes_nothing() -> None:
     shape = (3, 2, 4, 8)
     k_cache, v_cache = torch.zeros(shape), torch.zeros(shape)
     x = torch.ones(2, 2, 8)
-    octavo.kernels.write_kv(x.clone(), x, x, k_cache, v_cache, torch.tensor([-1, 5]), positions=torch.tensor([0, 1]))
+    calls.write_kv(x.clone(), x, x, k_cache, v_cache, torch.tensor([-1, 5]), positions=torch.tensor([0, 1]))
     k_cache[1, :, 1] -= 1
     v_cache[1, :, 1] -= 1
     assert not k_cache.any(), "slot -1 wrote a key"
@@ -129,7 +128,7 @@ def every_slot_is_reached() -> None:
     slots = torch.randperm(num_blocks * block_size, generator=generator("slots"))
     k = torch.arange(1.0, 16.0).view(15, 1, 1) * torch.tensor([1.0, 100.0]).view(1, 2, 1) * torch.ones(1, 1, 2)
     k_cache, v_cache = torch.zeros(num_blocks, 2, block_size, 2), torch.zeros(num_blocks, 2, block_size, 2)
-    octavo.kernels.write_kv(k.clone(), k, -k, k_cache, v_cache, slots, positions=torch.zeros(15, dtype=torch.int64))
+    calls.write_kv(k.clone(), k, -k, k_cache, v_cache, slots, positions=torch.zeros(15, dtype=torch.int64))
     for t, slot in enumerate(slots.tolist()):
         assert torch.equal(k_cache[slot // block_size, :, slot % block_size], k[t]), f"token {t} is not in slot {slot}"
         assert torch.equal(v_cache[slot // block_size, :, slot % block_size], -k[t]), f"token {t} is not in slot {slot}"
@@ -139,7 +138,7 @@ def copies_blocks(case: Case, seed: int = 0) -> None:
     """Every destination holds its source as it was before the call; every other block keeps its bits."""
     inputs = case_inputs(SPECS["copy_blocks"], case, seed)
     before = _copies(inputs)
-    octavo.kernels.copy_blocks(**inputs)
+    calls.copy_blocks(**inputs)
     copied = dict(zip(inputs["dst"].tolist(), inputs["src"].tolist(), strict=True))
     for name in ("k_cache", "v_cache"):
         for block, x in enumerate(inputs[name]):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import octavo.kernels
 import pytest
 import torch
 from octavo.kernels.kv_cache.reference import quantise_e4m3, quantise_int8
 from octavo.kernels.spec import Case
 
+from . import calls
 from . import kv_cache_checks as checks
 from .attention_checks import same_bits
 from .seeds import case_inputs
+
+OPS = ("write_kv", "plan_write_kv", "copy_blocks")
 
 
 @pytest.mark.parametrize("case", checks.CASES, ids=lambda case: case.name)
@@ -35,10 +37,10 @@ def test_every_slot(backend: str) -> None:
 def test_rows_do_not_depend_on_each_other(backend: str) -> None:
     spec = checks.SPECS["write_kv"]
     whole, alone = (case_inputs(spec, spec.case("norm"), 0) for _ in range(2))
-    octavo.kernels.write_kv(**whole)
+    calls.write_kv(**whole)
     for name in ("q", "k", "v", "slot_mapping", "positions"):
         alone[name] = alone[name][4:5]
-    octavo.kernels.write_kv(**alone)
+    calls.write_kv(**alone)
     assert same_bits(alone["q"], whole["q"][4:5])
 
 
@@ -51,7 +53,7 @@ def test_copy_blocks(backend: str, case: Case, seeds: range) -> None:
 def test_copy_blocks_reads_before_it_writes(backend: str) -> None:
     k_cache = torch.arange(3.0).view(3, 1, 1, 1).clone()
     v_cache = -k_cache
-    octavo.kernels.copy_blocks(k_cache, v_cache, torch.tensor([0, 1]), torch.tensor([1, 2]))
+    calls.copy_blocks(k_cache, v_cache, torch.tensor([0, 1]), torch.tensor([1, 2]))
     assert k_cache.flatten().tolist() == [0, 0, 1]
     assert v_cache.flatten().tolist() == [0, 0, -1]
 
