@@ -265,7 +265,7 @@ def _decode_calls(model: Model, settings: Settings) -> Iterator[Call]:
                 )  # fmt: skip
 
 
-def sample_call(model: Model, num_seqs: int, features: frozenset[str], *, num_valid_ids: int | None = None) -> Call:
+def sample_call(model: Model, num_seqs: int, features: frozenset[str]) -> Call:
     """Return the sampling of a step whose rows ask for these features together."""
 
     def rows(dtype: torch.dtype, *names: str) -> Tensor | None:
@@ -275,7 +275,7 @@ def sample_call(model: Model, num_seqs: int, features: frozenset[str], *, num_va
     number = empty(num_seqs, dtype=torch.float32)
     drawn = ("temperature", "top_k", "top_p", "min_p")
     params = SampleParams(
-        num_valid_ids=num_valid_ids,
+        num_valid_ids=model.num_valid_ids,
         temperature=rows(torch.float32, *drawn),
         top_k=rows(torch.int32, "top_k"),
         top_p=rows(torch.float64, "top_p"),
@@ -295,9 +295,9 @@ def sample_call(model: Model, num_seqs: int, features: frozenset[str], *, num_va
     return Call("sample", label, lambda: sample(logits, params))
 
 
-def logprobs_call(model: Model, num_rows: int, num_top: int, *, num_ids: int | None = None) -> Call:
+def logprobs_call(model: Model, num_rows: int, num_top: int) -> Call:
     """Return the log-probabilities of some rows over the ids that a tokenizer has."""
-    logits = empty(num_rows, model.vocab_size, dtype=getattr(torch, model.dtype))[:, : num_ids or model.vocab_size]
+    logits = empty(num_rows, model.vocab_size, dtype=getattr(torch, model.dtype))[:, : model.num_valid_ids]
     chosen = empty(num_rows, dtype=torch.int64)
     return Call("log_softmax_top", f"top {num_top}", lambda: log_softmax_top(logits, num_top, chosen))
 
@@ -313,12 +313,11 @@ def _subsets(names: tuple[str, ...]) -> Iterator[frozenset[str]]:
 
 def _sampling_calls(model: Model, settings: Settings) -> Iterator[Call]:
     drawn = [frozenset[str]()] + [filters | {"temperature"} for filters in _subsets(FILTERS)]
-    valid = (None, model.vocab_size - 1, model.vocab_size - 16)
     for features in (base | entries for entries in _subsets(ENTRIES) for base in drawn):
-        for num_seqs, num_valid_ids in itertools.product((1, 3, 16, settings.max_num_seqs), valid):
-            yield sample_call(model, num_seqs, features, num_valid_ids=num_valid_ids)
+        for num_seqs in (1, 3, 16, settings.max_num_seqs):
+            yield sample_call(model, num_seqs, features)
     for num_seqs in sizes(settings.max_num_seqs):
         for features in drawn:
             yield sample_call(model, num_seqs, features)
-        for num_top, num_ids in itertools.product((0, 1, 5, 20), valid):
-            yield logprobs_call(model, num_seqs, num_top, num_ids=num_ids)
+        for num_top in (0, 1, 5, 20):
+            yield logprobs_call(model, num_seqs, num_top)

@@ -51,13 +51,15 @@ class Model:
     rotary: bool = True
     head_norm: bool = False
     window: int | None = None
+    num_valid_ids: int | None = None
+    """Ids that the tokenizer has, where the logits are wider."""
 
 
 MODELS: Final = {
     "llama-3-8b": Model(),
     "mistral-7b": Model(vocab_size=32_768),
-    "qwen3-8b": Model(intermediate_size=12_288, vocab_size=151_936, head_norm=True),
-    "qwen3-0.6b": Model(16, 8, 128, 1024, 3072, 151_936, head_norm=True),
+    "qwen3-8b": Model(intermediate_size=12_288, vocab_size=151_936, head_norm=True, num_valid_ids=151_669),
+    "qwen3-0.6b": Model(16, 8, 128, 1024, 3072, 151_936, head_norm=True, num_valid_ids=151_669),
     "smollm2-135m": Model(9, 3, 64, 576, 1536, 49_152),
     "gpt2": Model(12, 12, 64, 768, 3072, 50_257, norm="layer_norm", activation="gelu_tanh", gated=False, rotary=False),
 }
@@ -84,5 +86,5 @@ def find_model(text: str) -> Model:
         if isinstance(known[key], bool):
             changes[key] = value.lower() in ("true", "1")
         else:
-            changes[key] = int(value) if isinstance(known[key], int) or key == "window" else value
+            changes[key] = int(value) if isinstance(known[key], int) or key in ("window", "num_valid_ids") else value
     return replace(model, **changes)

@@ -9,7 +9,6 @@ import torch
 from octavo.kernels.aot.driver import fake_driver
 from octavo.kernels.aot.targets import GPUS
 from octavo.kernels.common.compiled import COMPILED
-
 from toy_triton import toy_kernel
 
 messages: list[str] = []

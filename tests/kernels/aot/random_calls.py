@@ -29,7 +29,9 @@ def random_calls(model: Model, settings: Settings, rng: random.Random) -> Iterat
 
     def size(limit: int) -> int:
         """Draw small sizes, multiples of 16 and others about as often."""
-        n = rng.choice((rng.randint(1, min(limit, 20)), 16 * rng.randint(1, max(limit // 16, 1)), rng.randint(1, limit)))
+        n = rng.choice(
+            (rng.randint(1, min(limit, 20)), 16 * rng.randint(1, max(limit // 16, 1)), rng.randint(1, limit))
+        )
         return min(n, limit)
 
     num_tokens, num_seqs = size(settings.max_num_batched_tokens), size(settings.max_num_seqs)
@@ -50,10 +52,9 @@ def random_calls(model: Model, settings: Settings, rng: random.Random) -> Iterat
     )  # fmt: skip
     names = (*calls.FILTERS, *calls.ENTRIES, "temperature")
     features = frozenset(name for name in names if rng.random() < 0.3)
-    valid = rng.choice((None, model.vocab_size - rng.randint(1, 300)))
     num_rows = size(settings.max_num_seqs)
-    yield calls.sample_call(model, num_rows, features, num_valid_ids=valid)
-    yield calls.logprobs_call(model, num_rows, rng.choice((0, 1, 5, 20, rng.randint(0, 20))), num_ids=valid)
+    yield calls.sample_call(model, num_rows, features)
+    yield calls.logprobs_call(model, num_rows, rng.choice((0, 1, 5, 20, rng.randint(0, 20))))
 
 
 def launched(model: Model, settings: Settings, num_steps: int, seed: int) -> dict[Launch, None]:

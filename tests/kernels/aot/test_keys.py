@@ -1,0 +1,77 @@
+"""This module checks that the variants an engine can launch are known from its configuration. It does not know how they
+compile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from octavo.kernels.aot.targets import MODELS
+
+from .programs import output_of, run_program
+
+# A model has one window, or none: whether its value is specialised on makes no difference.
+MAY_BE_SPECIALISED = ("window",)
+
+
+def test_ops_at_random_sizes_stay_in_the_set(count: Callable[[int, int], int], seed: int) -> None:
+    models = ["smollm2-135m"] if count(0, 1) == 0 else list(MODELS)
+    report = json.loads(
+        output_of(
+            "random_calls.py", f"--models={','.join(models)}", f"--steps={count(20, 100)}", f"--seed={seed}",
+        )
+    )  # fmt: skip
+    assert report["num_launched"] > 10 * len(models)
+    assert report["unknown"] == []
+
+
+def test_every_argument_that_is_not_specialised_on_must_not_be() -> None:
+    """The negative control: taking one `do_not_specialize` away makes variants that nobody has listed."""
+    report = json.loads(output_of("random_calls.py", "--models=smollm2-135m", "--steps=12", "--despecialize"))
+    counts = {place: n for place, n in report["despecialized"].items() if not place.endswith(MAY_BE_SPECIALISED)}
+    assert len(counts) >= 10
+    assert [place for place, n in counts.items() if n == 0] == []
+
+
+def test_an_engine_stays_in_the_set(count: Callable[[int, int], int], seed: int) -> None:
+    report = json.loads(output_of("random_engine.py", f"--batches={count(2, 10)}", f"--seed={seed}"))
+    assert report["num_launched"] >= 12
+    assert report["unknown"] == []
+
+
+def test_keys_are_printed() -> None:
+    lines = output_of("-m", "octavo.kernels.aot", "keys", "--model", "smollm2-135m,dtype=float16").splitlines()
+    (norm,) = [line for line in lines if "rms_norm" in line and "residual=None" in line]
+    assert norm.startswith("sm_90 ")
+    assert "x: *fp16:16" in norm
+    assert "HIDDEN_SIZE=576" in norm
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--model", "gpt5"), "unknown model 'gpt5'; known: llama-3-8b"),
+        (("--model", "gpt2,wings=2"), "unknown size 'wings'; known: num_q_heads"),
+        (("--target", "sm_70"), "unknown target sm_70; known: sm_80, sm_90, sm_100"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[str, ...], says: str) -> None:
+    done = run_program("-m", "octavo.kernels.aot", "keys", *arguments, COLUMNS="300")
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_the_interpreter_compiles_nothing() -> None:
+    done = run_program("-m", "octavo.kernels.aot", "keys", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in done.stderr
+
+
+def test_compilations_after_warm_up_are_counted_and_told_once_per_kernel() -> None:
+    told = json.loads(output_of("compile_late.py"))
+    assert told["counts"] == [[1, 0], [1, 0], [3, 2]]
+    (message,) = told["messages"]
+    assert message.startswith("kernel toy_kernel was compiled after warm-up")
+    assert "ROW_STRIDE=128" in message
