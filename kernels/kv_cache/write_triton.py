@@ -196,7 +196,9 @@ def _store_slot(
         if REST:
             b_rest = _int8(b_rest, b_divisor)
     elif cache.dtype.element_ty == tl.uint8:  # the bits of float8_e4m3fn
-        step = tl.load(scale).to(tl.float32) if scale.dtype.is_ptr() else scale
+        step = tl.to_tensor(scale)
+        if step.dtype.is_ptr():
+            step = tl.load(step).to(tl.float32)
         b_first, b_second, b_rest = _e4m3(b_first, step), _e4m3(b_second, step), _e4m3(b_rest, step)
     _store_head(p_heads, m_head, b_first, b_second, b_rest, HALF, REST, INTERLEAVED)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
+from octavo.kernels.kv_cache.reference import quantise_e4m3, quantise_int8
 from octavo.kernels.spec import Case, generator, load_specs
 from torch import Tensor
 
@@ -134,6 +137,128 @@ def every_slot_is_reached() -> None:
         assert torch.equal(v_cache[slot // block_size, :, slot % block_size], -k[t]), f"token {t} is not in slot {slot}"
 
 
+def _e4m3_edges() -> Tensor:
+    """Return every e4m3 number, the halves between neighbours, their own neighbours, and what lies outside."""
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    edges = torch.cat((codes, (codes[1:] + codes[:-1]) / 2, torch.tensor([449.0, 464.0, 480.0, 1e9, 1e38, 1e-38])))
+    infinity = torch.tensor(float("inf"))
+    edges = torch.cat((edges, torch.nextafter(edges, infinity), torch.nextafter(edges, -infinity), infinity[None]))
+    return torch.cat((edges, -edges, torch.tensor([float("nan")])))
+
+
+def _int8_edges() -> Tensor:
+    """Return rows of 64: halves between steps, zeros, the smallest and the largest numbers."""
+    halves = torch.arange(-63.5, 64.0, 2.0)
+    halves[0] = 127.0  # so that one step is one
+    return torch.stack((halves, halves.roll(3) + 0.5, torch.zeros(64), -halves * 1e-43, halves * 2e36, halves / 3))
+
+
+def quantises_exactly(kind: str, dtype: torch.dtype) -> None:
+    """What a quantised cache holds is, bit by bit, the reference's quantiser of the same numbers."""
+    rows = _int8_edges() if kind == "int8" else _e4m3_edges()
+    rows = rows.clamp(-60_000, 60_000).to(dtype) if dtype == torch.float16 else rows.to(dtype)
+    rows = torch.cat((rows.flatten(), rows.new_zeros(-rows.numel() % 128))).view(-1, 2, 64)
+    if kind == "int8":
+        rows = torch.cat((rows, rows.flip(-1), torch.randn(3, 2, 64, generator=generator(kind)).to(dtype)))
+    num_tokens = len(rows)
+    num_blocks = num_tokens // 16 + 1
+    values = rows.roll(1, 0)
+    caches = [torch.zeros(num_blocks, 2, 16, 64, dtype=torch.int8) for _ in "kv"]
+    scales: Any = [torch.full((num_blocks, 2, 16), float("nan")) for _ in "kv"]
+    if kind == "e4m3":
+        caches, scales = [cache.view(torch.float8_e4m3fn) for cache in caches], [1.0, 0.3]
+    calls.write_kv(
+        rows.clone(),
+        rows,
+        values,
+        *caches,
+        torch.arange(num_tokens),
+        positions=torch.zeros(num_tokens, dtype=torch.int64),
+        k_scale=scales[0],
+        v_scale=scales[1],
+    )
+    for name, x, cache, scale in zip(("k", "v"), (rows, values), caches, scales, strict=True):
+        stored = cache.transpose(1, 2).reshape(-1, 2, 64)[:num_tokens]
+        if kind == "int8":
+            expected, expected_scale = quantise_int8(x)
+            found = scale.transpose(1, 2).reshape(-1, 2)[:num_tokens]
+            assert same_bits(found, expected_scale), f"{name}: an int8 scale is not amax / 127"
+        else:
+            expected = quantise_e4m3(x, scale)
+        both_nan = stored.float().isnan() & expected.float().isnan()  # of either sign
+        wrong = ((stored.view(torch.int8) != expected.view(torch.int8)) & ~both_nan).nonzero()
+        assert not len(wrong), f"{name}: {x[tuple(wrong[0])]} is stored as {stored[tuple(wrong[0])]}"
+
+
+def quantises_what_it_rotated(kind: str) -> None:
+    """A key is rounded to its dtype before it is quantised: as the query beside it, which was the same."""
+    spec = SPECS["write_kv"]
+    inputs = case_inputs(spec, spec.case(f"{kind}-bf16" if kind == "int8" else kind), 0)
+    inputs["q"], inputs["q_norm"] = inputs["k"].clone(), inputs.get("k_norm")
+    calls.write_kv(**inputs)
+    expected = quantise_int8(inputs["q"])[0] if kind == "int8" else quantise_e4m3(inputs["q"], inputs["k_scale"])
+    for t, slot in enumerate(inputs["slot_mapping"].tolist()):
+        if slot >= 0:
+            found = inputs["k_cache"][slot // 5, :, slot % 5]
+            assert same_bits(found, expected[t]), f"token {t} is not what its query was rotated to"
+
+
+def views_of_one_projection(style: str) -> None:
+    """q, k and v may be parts of a wider tensor, in any order: same bits, and nothing else in it changes."""
+    spec = SPECS["write_kv"]
+    case = spec.case("norm" if style == "neox" else "interleaved")
+    plain, views = (case_inputs(spec, case, 0) for _ in range(2))
+    num_tokens, num_heads, head_dim = plain["q"].shape
+    wide = torch.full((num_tokens, 3 * num_heads, head_dim + 8), 7.0)
+    for name, first in (("v", 1), ("q", 2), ("k", 2 * num_heads + 1)):
+        view = wide[:, first : first + 2 * plain[name].shape[1] : 2, :head_dim]  # every second head
+        view[:] = plain[name]
+        views[name] = view
+    before = wide.clone()
+    calls.write_kv(**plain)
+    calls.write_kv(**views)
+    for name in ("q", "k_cache", "v_cache"):
+        assert same_bits(views[name], plain[name]), f"{name} depends on strides"
+    views["q"].copy_(before[:, 2 : 2 + 2 * num_heads : 2, :head_dim])
+    assert same_bits(wide, before), "something beside q was changed"
+
+
+def caches_of_another_dtype() -> None:
+    """A value is rounded to q's dtype, then to the cache's."""
+    for dtype, stored in (
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ):
+        x = torch.randn(3, 2, 64, generator=generator("cast")).to(dtype)
+        caches = [torch.zeros(2, 2, 16, 64, dtype=stored) for _ in "kv"]
+        calls.write_kv(x.clone(), x, -x, *caches, torch.tensor([5, 17, 31]), positions=torch.tensor([0, 1, 2]))
+        for i, slot in enumerate((5, 17, 31)):
+            assert same_bits(caches[0][slot // 16, :, slot % 16], x[i].to(stored)), f"{dtype} in a {stored} cache"
+            assert same_bits(caches[1][slot // 16, :, slot % 16], -x[i].to(stored)), f"{dtype} in a {stored} cache"
+
+
+def writes_beyond_31_bits() -> None:
+    """A slot whose first element lies past 2**31 is written where it is, and a token's row read from where it is."""
+    far = (1 << 31) // (128 * 128) + 5
+    # numpy's zeros come from calloc: only pages that are touched are ever backed by memory.
+    caches = [torch.from_numpy(np.zeros((far + 1, 1, 128, 128), dtype=np.int8)) for _ in "kv"]
+    scales = [torch.from_numpy(np.zeros((far + 1, 1, 128), dtype=np.float32)) for _ in "kv"]
+    stride = (1 << 30) + 8
+    rows = torch.from_numpy(np.zeros(2 * stride + 3 * 128, dtype=np.float16)).as_strided((3, 3, 128), (stride, 128, 1))
+    rows.copy_(torch.randn(3, 3, 128, generator=generator("far")))
+    q, k, v = rows.split(1, dim=1)
+    position, table = torch.tensor([0, 1, 1]), torch.cat((torch.ones(2, 64), torch.zeros(2, 64)), 1)
+    slots, kept = torch.tensor([far * 128 + 3, -1, far * 128 + 127]), rows.clone()
+    calls.write_kv(q, k, v, *caches, slots, positions=position, cos_sin=table, k_scale=scales[0], v_scale=scales[1])
+    assert same_bits(rows.contiguous(), kept), "a turn by nothing is not exact"
+    for x, cache, scale in zip((k, v), caches, scales, strict=True):
+        values, steps = quantise_int8(x[[0, 2], 0])
+        assert same_bits(cache[far, 0, [3, 127]], values)
+        assert same_bits(scale[far, 0, [3, 127]], steps)
+        assert not cache[:5, 0].any(), "a write wrapped around"
+
+
 def copies_blocks(case: Case, seed: int = 0) -> None:
     """Every destination holds its source as it was before the call; every other block keeps its bits."""
     inputs = case_inputs(SPECS["copy_blocks"], case, seed)
@@ -146,13 +271,57 @@ def copies_blocks(case: Case, seed: int = 0) -> None:
             assert same_bits(x, before[name][source]), f"{name}: block {block} is not what block {source} was"
 
 
-CASES = [case for case in SPECS["write_kv"].cases if case.tier != "bench"]
+def copies_every_bit() -> None:
+    """A cycle of blocks changes places, and no bit of a NaN changes."""
+    bits = torch.randint(-(2**15), 2**15, (5, 2, 3, 7), generator=generator("bits"), dtype=torch.int16)
+    k_cache, v_cache = bits.clone().view(torch.bfloat16), bits.flip(0).clone().view(torch.bfloat16)
+    calls.copy_blocks(k_cache, v_cache, torch.tensor([4, 1, 2, 3]), torch.tensor([1, 2, 4, 3], dtype=torch.int32))
+    assert torch.equal(k_cache.view(torch.int16), bits[[0, 4, 1, 3, 2]]), "keys are not what they were elsewhere"
+    assert torch.equal(v_cache.view(torch.int16), bits.flip(0)[[0, 4, 1, 3, 2]]), "values are not"
+
+
+def copies_beyond_31_bits() -> None:
+    """Blocks may lie further apart than they are long, past 2**31 elements from the first."""
+    stride = (1 << 30) + 16
+    k_cache, v_cache = (
+        torch.from_numpy(np.zeros(3 * stride, dtype=np.uint8)).as_strided((3, 2, 4, 8), (stride, 32, 8, 1))
+        for _ in "kv"
+    )
+    k_cache[2], v_cache[0] = 5, 6
+    calls.copy_blocks(k_cache, v_cache, torch.tensor([2, 0]), torch.tensor([0, 2]))
+    assert bool((k_cache[0] == 5).all()), "a block past 2**31 was not read"
+    assert bool((v_cache[2] == 6).all()), "a block past 2**31 was not written"
+
+
+_SPEC_CASES: Final = [case for case in SPECS["write_kv"].cases if case.tier != "bench"]
+
+
+def _wider(case: Case) -> Case:
+    """Return a case with blocks of 16 and more heads than one program handles."""
+    heads = {"num_kv_heads": 9, "group_size": 1} if case.dtype == "float16" else {}
+    return replace(case, name=f"{case.name}-16", values={**case.values, **heads, "block_size": 16})
+
+
+CASES = [*_SPEC_CASES, *(_wider(case) for case in _SPEC_CASES if case.dtype != "float64" and case["num_tokens"])]
 COPY_CASES = SPECS["copy_blocks"].cases
+QUANTISED: Final = [
+    (kind, dtype) for kind in ("int8", "e4m3") for dtype in (torch.float32, torch.float16, torch.bfloat16)
+]
 CHECKS = (
     ("exact: rotation neox", partial(rotation_is_exact_at_zero, "neox")),
     ("exact: rotation interleaved", partial(rotation_is_exact_at_zero, "interleaved")),
     ("exact: padding", padding_writes_nothing),
     ("exact: every slot", every_slot_is_reached),
+    ("exact: views", partial(views_of_one_projection, "neox")),
+    ("exact: views, interleaved", partial(views_of_one_projection, "interleaved")),
+    ("exact: cast", caches_of_another_dtype),
     *((f"rounding: {case.name}", partial(writes_what_it_should, case)) for case in CASES),
+    *((f"exact: {kind} {dtype}", partial(quantises_exactly, kind, dtype)) for kind, dtype in QUANTISED),
+    *((f"exact: {kind} rotated", partial(quantises_what_it_rotated, kind)) for kind in ("int8", "e4m3")),
+    ("exact: beyond 31 bits", writes_beyond_31_bits),
 )
-COPY_CHECKS = tuple((f"exact: {case.name}", partial(copies_blocks, case)) for case in COPY_CASES)
+COPY_CHECKS = (
+    *((f"exact: {case.name}", partial(copies_blocks, case)) for case in COPY_CASES),
+    ("exact: every bit", copies_every_bit),
+    ("exact: beyond 31 bits", copies_beyond_31_bits),
+)

@@ -33,6 +33,7 @@ def test_the_torch_backend_runs_everywhere() -> None:
 def test_a_backend_that_cannot_run_is_refused_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(OPS, "rms_norm", {"torch": ".norm.reference"})
     use_backend("torch")
     with pytest.raises(BackendError, match=r"backend triton cannot run: .+; available: torch"):
         use_backend("triton")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from octavo.kernels.dispatch import available_backends
 from octavo.kernels.kv_cache.reference import quantise_e4m3, quantise_int8
-from octavo.kernels.spec import Case
+from octavo.kernels.spec import Case, generator
 
 from . import calls
 from . import kv_cache_checks as checks
@@ -13,6 +16,7 @@ from .attention_checks import same_bits
 from .seeds import case_inputs
 
 OPS = ("write_kv", "plan_write_kv", "copy_blocks")
+EXACT = [name.removeprefix("exact: ") for name, _ in checks.CHECKS if name.startswith("exact")]
 
 
 @pytest.mark.parametrize("case", checks.CASES, ids=lambda case: case.name)
@@ -21,17 +25,47 @@ def test_rounding(backend: str, case: Case, seeds: range) -> None:
         checks.writes_what_it_should(case, seed)
 
 
-@pytest.mark.parametrize("style", ["neox", "interleaved"])
-def test_rotation(backend: str, style: str) -> None:
-    checks.rotation_is_exact_at_zero(style)
+@pytest.mark.parametrize("check", [check for name, check in checks.CHECKS if name.startswith("exact")], ids=EXACT)
+def test_exact(backend: str, check: Callable[[], None]) -> None:
+    check()
 
 
-def test_padding(backend: str) -> None:
-    checks.padding_writes_nothing()
+def test_a_plan_changes_nothing(backend: str) -> None:
+    spec, case = checks.SPECS["write_kv"], next(case for case in checks.CASES if case.name == "partial-16")
+    plain, planned = (case_inputs(spec, case, 0) for _ in range(2))
+    calls.write_kv(**plain)
+    names = ("slot_mapping", "positions", "cos_sin", "rope_style")
+    plan = calls.plan_write_kv(
+        **{name: planned[name] for name in names}, block_size=16, num_kv_heads=2, dtype=torch.float32
+    )
+    calls.write_kv(**planned, plan=plan)
+    for name in ("q", "k_cache", "v_cache"):
+        assert same_bits(planned[name], plain[name])
 
 
-def test_every_slot(backend: str) -> None:
-    checks.every_slot_is_reached()
+def test_an_e4m3_scale_may_be_a_number_or_a_tensor(backend: str) -> None:
+    x = torch.randn(2, 1, 64, generator=generator("scale"))
+    caches = [torch.zeros(1, 1, 16, 64, dtype=torch.float8_e4m3fn) for _ in range(4)]
+    slots, positions = torch.tensor([3, 9]), torch.tensor([0, 1])
+    calls.write_kv(x.clone(), x, x, *caches[:2], slots, positions=positions, k_scale=0.03, v_scale=torch.tensor(0.07))
+    calls.write_kv(x.clone(), x, x, *caches[2:], slots, positions=positions, k_scale=torch.tensor([0.03]), v_scale=0.07)
+    assert same_bits(caches[0], caches[2])
+    assert same_bits(caches[1], caches[3])
+    assert not same_bits(caches[0], caches[1])
+
+
+@pytest.mark.parametrize("backend", [b for b in available_backends(*OPS) if b == "triton"], indirect=True)
+def test_what_kernels_cannot_compute_is_refused(backend: str) -> None:
+    x, cache, slots = torch.ones(1, 1, 64), torch.zeros(2, 1, 16, 64), torch.tensor([17])
+    wide, far = cache.double(), torch.ones(1, 1, 64, 2)[..., 0]
+    with pytest.raises(ValueError, match=r"q has dtype torch.float64; the triton backend takes float32"):
+        calls.write_kv(x.double(), x.double(), x.double(), cache, cache.clone(), slots, positions=slots)
+    with pytest.raises(ValueError, match=r"k_cache has dtype torch.float64; the triton backend takes no float64"):
+        calls.write_kv(x, x, x, wide, wide.clone(), slots, positions=slots)
+    with pytest.raises(ValueError, match=r"v has strides \(128, 128, 2\); the last one must be 1"):
+        calls.write_kv(x, x, far, cache, cache.clone(), slots, positions=slots)
+    with pytest.raises(ValueError, match=r"k_cache has strides .*; a block must be contiguous"):
+        calls.copy_blocks(cache.transpose(2, 3), cache.transpose(2, 3), slots, slots)
 
 
 def test_rows_do_not_depend_on_each_other(backend: str) -> None:
@@ -48,6 +82,14 @@ def test_rows_do_not_depend_on_each_other(backend: str) -> None:
 def test_copy_blocks(backend: str, case: Case, seeds: range) -> None:
     for seed in seeds:
         checks.copies_blocks(case, seed)
+
+
+def test_copies_every_bit(backend: str) -> None:
+    checks.copies_every_bit()
+
+
+def test_copies_beyond_31_bits(backend: str) -> None:
+    checks.copies_beyond_31_bits()
 
 
 def test_copy_blocks_reads_before_it_writes(backend: str) -> None:
