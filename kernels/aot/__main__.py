@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from ..dispatch import interpreted
 from .budget import BUDGET, broken, updated
 from .calls import Settings, missing_ops
 from .compile import default_cache
@@ -42,8 +42,6 @@ def refuse(message: str) -> NoReturn:
 
 def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: object) -> list[Variant]:
     """Return the variants asked for."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     try:
         sizes = find_model(model)
         settings = [Settings(block_size=int(size), **flags) for size in block_sizes.split(",")]  # type: ignore[arg-type]
@@ -52,6 +50,8 @@ def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: obj
     unknown = [target for target in targets.split(",") if target not in GPUS]
     if unknown:
         refuse(f"unknown target {', '.join(unknown)}; known: {', '.join(GPUS)}")
+    if interpreted():
+        refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     found = [variant for target in targets.split(",") for variant in list_variants(sizes, settings, target)]
     if missing := missing_ops():
         notes.print(f"no kernel yet: {', '.join(missing)}", style="yellow")

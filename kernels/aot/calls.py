@@ -72,6 +72,10 @@ def sizes(limit: int) -> list[int]:
     return sorted(n for n in around | set(range(1, 18)) | {limit} if 1 <= n <= limit)
 
 
+def _few(limit: int) -> list[int]:
+    return sorted({1, min(2, limit), limit})
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """Return a tensor that holds nothing."""
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -257,7 +261,8 @@ def _prefill_calls(model: Model, settings: Settings) -> Iterator[Call]:
 def _decode_calls(model: Model, settings: Settings) -> Iterator[Call]:
     for max_query_len in range(1, MAX_DECODE_QUERY_LEN + 1):
         label = _cache_label(settings) + (f" verify {max_query_len}" if max_query_len > 1 else "")
-        for num_seqs in sizes(settings.max_num_seqs):
+        few = max_query_len > 1  # what the number of sequences makes different, it does at one row each
+        for num_seqs in _few(settings.max_num_seqs) if few else sizes(settings.max_num_seqs):
             for width in _widths(settings):
                 yield attention_call(
                     model, settings, "decode", num_seqs=num_seqs, num_tokens=num_seqs * max_query_len,
@@ -314,10 +319,9 @@ def _subsets(names: tuple[str, ...]) -> Iterator[frozenset[str]]:
 def _sampling_calls(model: Model, settings: Settings) -> Iterator[Call]:
     drawn = [frozenset[str]()] + [filters | {"temperature"} for filters in _subsets(FILTERS)]
     for features in (base | entries for entries in _subsets(ENTRIES) for base in drawn):
-        for num_seqs in (1, 3, 16, settings.max_num_seqs):
+        for num_seqs in _few(settings.max_num_seqs):
             yield sample_call(model, num_seqs, features)
     for num_seqs in sizes(settings.max_num_seqs):
-        for features in drawn:
-            yield sample_call(model, num_seqs, features)
+        yield sample_call(model, num_seqs, drawn[-1])
         for num_top in (0, 1, 5, 20):
             yield logprobs_call(model, num_seqs, num_top)
