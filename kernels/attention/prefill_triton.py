@@ -36,21 +36,21 @@ class Config:
 
 
 def config(*, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, target: Target) -> Config:
-    """Return the launch settings of one geometry: the largest tiles that spill no register on any target.
+    """Return the launch settings of one geometry: the largest tiles that spill no registers.
 
     Args:
         plain: without window and soft cap, which cost registers.
     """
-    if dtype == torch.float32:  # no tensor cores for exact products: their operands are in registers
-        block_m, num_warps, num_stages = 32, 16, 2
-        block_n = 32 if plain and head_dim <= 128 else 16
+    wide = head_dim > 128
+    if dtype == torch.float32:  # exact products use no tensor cores and hold their operands in registers
+        block_m, block_n, num_stages = 16 if wide else 32, 16, 2
     else:
-        # Stages: the keys and values of the next two tiles are on their way while one is computed.
-        block_m, num_warps, num_stages = 128 if head_dim <= 128 else 64, 8, 3
-        block_n = 64
-        if target.arch < 90:
-            block_n = (64 if plain else 32) if head_dim <= 128 else (32 if plain else 16)
-    return Config(block_m, block_n, heads_per_tile(block_m, group_size), num_warps, num_stages)
+        # Three stages: the keys and values of the next two tiles are on their way while one is computed.
+        block_m, block_n, num_stages = 64 if wide else 128, 64, 3
+        if target.arch < 90:  # the products' results and operands all take registers
+            block_n = 32 if plain and next_power_of_2(group_size) == group_size else 16
+            block_n *= 1 if wide else 2
+    return Config(block_m, block_n, heads_per_tile(block_m, group_size), 8, num_stages)
 
 
 @triton.jit
@@ -125,7 +125,8 @@ def _attend_keys(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+# Metadata may be a slice from any row on: its alignment is no reason to compile again.
+@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "p_block_table", "table_stride", "window"])
 def _prefill(
     p_q,
     p_k_cache,

@@ -57,7 +57,7 @@ def _num_longer(first, end, length, ITEM_TOKENS: tl.constexpr):
     return tl.where((num_items > 0) & (end > length), num_items - shorter, 0)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "num_seqs"])
 def _list_work(p_items, p_cu_seqlens_q, p_seq_lens, num_seqs, ITEM_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """items[rank of (s, i)] = (s, i), ranked by the keys that item i of sequence s sees, then by s.
 
