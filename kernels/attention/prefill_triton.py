@@ -77,7 +77,7 @@ def _attend_keys(
     p_blocks,
     o_position,
     first,
-    end,
+    stop,
     lowest,
     highest,
     scale,
@@ -90,7 +90,7 @@ def _attend_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Take the keys first .. end - 1 of a sequence into the running softmax of BLOCK_M rows.
+    """Take the keys first .. stop - 1 of a sequence into the running softmax of BLOCK_M rows.
 
     Args:
         first: a multiple of BLOCK_N: the order in which keys are summed depends on positions alone.
@@ -101,7 +101,7 @@ def _attend_keys(
     o_dim = tl.arange(0, BLOCK_D)
     # Looked up one tile ahead: rows whose address is known when an iteration starts can be fetched tiles in advance.
     b_block = _tile_blocks(p_blocks, first, lowest, highest, MASKED, BLOCK_SIZE, BLOCK_N)
-    for i_key in range(first, end, BLOCK_N):
+    for i_key in range(first, stop, BLOCK_N):
         o_key = tl.multiple_of(i_key, BLOCK_N) + o_tile  # [BLOCK_N]
         o_read = o_key
         if MASKED:
@@ -199,34 +199,33 @@ def _prefill(
         b_max = tl.load(p_sinks + o_head, mask=m_row, other=0.0).to(tl.float32) * LOG2E
         b_sum += 1.0
 
-    # keys          low       lead           full      end
-    #   -----------|---------|--------------|---------|------   BLOCK_N divides low, lead and full
-    #     skipped    masked     all visible    masked            low .. lead only with a window
+    # keys       low      lead           full     end
+    #   --------|--------|--------------|--------|------   BLOCK_N divides low, lead and full
+    #    skipped  masked    all visible   masked           low .. lead with a window only
     position = seq_len - query_len + i_first  # of the first row; the others follow
     o_position = seq_len - query_len + o_token
     end = tl.maximum(tl.minimum(position + BLOCK_Q, seq_len), 0)
-    highest = tl.maximum(end - 1, 0)
     full = tl.maximum(position + 1, 0) // BLOCK_N * BLOCK_N
-    lowest = 0
     lead = 0
-    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
-    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
-    p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
+    lowest = 0
     if window is not None:
         lowest = tl.maximum(position - window + 1, 0)
         lead = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, end)
+    highest = tl.maximum(end - 1, 0)
+    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
+    for PASS in tl.static_range(0 if window is not None else 1, 3):
+        if PASS == 0:
+            first, stop = lowest // BLOCK_N * BLOCK_N, lead
+        elif PASS == 1:
+            first, stop = lead, full
+        else:
+            first, stop = tl.maximum(lead, full), end
         b_acc, b_max, b_sum = _attend_keys(
-            b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, lowest // BLOCK_N * BLOCK_N, lead, lowest,
-            highest, scale, window, soft_cap, True, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+            b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, first, stop, lowest, highest,
+            scale, window, soft_cap, PASS != 1, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
         )  # fmt: skip
-    b_acc, b_max, b_sum = _attend_keys(
-        b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, lead, full, lowest,
-        highest, scale, window, soft_cap, False, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
-    b_acc, b_max, b_sum = _attend_keys(
-        b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, tl.maximum(lead, full), end, lowest,
-        highest, scale, window, soft_cap, True, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
 
     b_out, b_lse = finish(b_acc, b_max, b_sum)
     m_out = m_row[:, None]
