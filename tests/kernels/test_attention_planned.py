@@ -26,6 +26,10 @@ PLAN_NAME = {PREFILL: "worklist", DECODE: "plan"}
 CHECKS = {
     name: check for name, check in (EXACT | INVARIANCE).items() if name not in ("sees_nothing", "quantised_needle")
 }
+# Triton's plan is the same whether or not it is to be invariant.
+PLANS = [("torch", False), ("torch", True)] + [("triton", True)] * ("triton" in dispatch.available_backends(*OPS))
+READS_THE_LIST = ("counting", "poison", "padding_untouched", "blocks_permuted")
+"""In the small tier, on Triton: without a plan the op makes the same one for itself."""
 SHAPES = [
     (PREFILL, Shape(((1, 1), (17, 17), (0, 9), (3, 65)))),
     (PREFILL, Shape(((33, 48), (2, 20)), num_kv_heads=1, group_size=7, block_size=5, window=16)),
@@ -87,16 +91,18 @@ def _plans(invariant: bool, change: Callable[[Any], Any] = _same) -> Iterator[No
 
 
 @pytest.mark.parametrize(("op", "shape"), SHAPES, ids=lambda v: v.name if isinstance(v, Shape) else v[16:])
-@pytest.mark.parametrize("invariant", [False, True])
-def test_checks(backend: str, invariant: bool, op: str, shape: Shape) -> None:
+@pytest.mark.parametrize(("backend", "invariant"), PLANS, indirect=["backend"])
+def test_checks(backend: str, invariant: bool, op: str, shape: Shape, tier: str) -> None:
     checks = CHECKS | (EXACT_WINDOW if shape.window is not None else {})
+    if backend == "triton" and tier == "test":
+        checks = {name: checks[name] for name in READS_THE_LIST}
     with _plans(invariant):
         for check in checks.values():
             check(op, shape)
 
 
 @pytest.mark.parametrize(("op", "shape"), SHAPES[:-1], ids=lambda v: v.name if isinstance(v, Shape) else v[16:])
-@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize(("backend", "invariant"), PLANS, indirect=["backend"])
 def test_rounding(backend: str, invariant: bool, op: str, shape: Shape) -> None:
     inputs = gaussian(shape).lay_out()
     with _plans(invariant):
