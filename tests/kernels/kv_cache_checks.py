@@ -282,10 +282,9 @@ def copies_every_bit() -> None:
 
 def copies_beyond_31_bits() -> None:
     """Blocks may lie further apart than they are long, past 2**31 elements from the first."""
-    stride = (1 << 30) + 16
+    shape, stride = (3, 2, 4, 800), (1 << 30) + 16
     k_cache, v_cache = (
-        torch.from_numpy(np.zeros(3 * stride, dtype=np.uint8)).as_strided((3, 2, 4, 8), (stride, 32, 8, 1))
-        for _ in "kv"
+        torch.from_numpy(np.zeros(3 * stride, dtype=np.uint8)).as_strided(shape, (stride, 3200, 800, 1)) for _ in "kv"
     )
     k_cache[2], v_cache[0] = 5, 6
     calls.copy_blocks(k_cache, v_cache, torch.tensor([2, 0]), torch.tensor([0, 2]))
@@ -302,7 +301,16 @@ def _wider(case: Case) -> Case:
     return replace(case, name=f"{case.name}-16", values={**case.values, **heads, "block_size": 16})
 
 
-CASES = [*_SPEC_CASES, *(_wider(case) for case in _SPEC_CASES if case.dtype != "float64" and case["num_tokens"])]
+CASES = [
+    *_SPEC_CASES,
+    *(_wider(case) for case in _SPEC_CASES if case.dtype != "float64" and case["num_tokens"]),
+    # Halves that are no power of two.
+    replace(
+        _wider(SPECS["write_kv"].case("norm")),
+        name="norm-96",
+        values={**_SPEC_CASES[0].values, "norm": True, "head_dim": 96, "rotary_dim": 96, "block_size": 16},
+    ),
+]
 COPY_CASES = SPECS["copy_blocks"].cases
 QUANTISED: Final = [
     (kind, dtype) for kind in ("int8", "e4m3") for dtype in (torch.float32, torch.float16, torch.bfloat16)

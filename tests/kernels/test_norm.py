@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from octavo.kernels.dispatch import available_backends
@@ -35,14 +37,14 @@ def test_layer_norm(backend: str, case: Case, seeds: range) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_out_and_residual(backend: str, op: str, dtype: str) -> None:
     """`out` may be x itself; the fused residual gives the bits of adding first and normalising then."""
+    checks.fused_is_unfused(op, dtype)
     spec = checks.SPECS[op]
     inputs = case_inputs(spec, spec.case(f"{dtype}-residual"), 0)
     function = getattr(calls, op)
     x, residual = inputs.pop("x"), inputs.pop("residual")
     separate = function(residual + x, **inputs)
     kept = x.clone()
-    fused = function(x, **inputs, residual=residual.clone())
-    assert same_bits(fused, separate)
+    function(x, **inputs, residual=residual.clone())
     assert same_bits(x, kept)
     assert function(x, **inputs, residual=residual, out=x) is x
     assert same_bits(x, separate)
@@ -87,16 +89,6 @@ def test_wide_rows(backend: str, op: str, hidden_size: int) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_rows_may_lie_apart(backend: str, op: str) -> None:
-    """x, residual and out may be columns of wider tensors; what lies between them keeps its bits."""
-    spec = checks.SPECS[op]
-    inputs = case_inputs(spec, spec.case("odd"), 0)
-    plain = getattr(calls, op)(**inputs, residual=torch.ones(3, 77))
-    wide = torch.full((3, 3, 100), 7.0)
-    x, residual, out = (part[:, 9:86] for part in wide)
-    x[:] = inputs.pop("x")
-    residual[:] = 1.0
-    assert getattr(calls, op)(x, **inputs, residual=residual, out=out) is out
-    assert same_bits(out, plain)
-    assert bool((wide[..., :9] == 7).all())
-    assert bool((wide[..., 86:] == 7).all())
+@pytest.mark.parametrize("check", [checks.rows_may_lie_apart, checks.rows_beyond_31_bits])
+def test_where_rows_lie(backend: str, op: str, check: Callable[[str], None]) -> None:
+    check(op)
