@@ -32,10 +32,10 @@ from .rank_triton import (
     Config,
     check_logits,
     config,
-    gumbel,
     is_bad,
     kth_rank,
     load_logits,
+    race,
     rank,
     ranked_id,
     ranked_value,
@@ -70,7 +70,7 @@ def _scan_kernel(
     NUM_CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """best = argmax(x) and score = argmax((x - max x) / temperature + noise) of a chunk, as ranks.
+    """best = argmax(x) and score = argmax of the race of (x - max x) / temperature, of one chunk, as ranks.
 
     One program handles BLOCK logits of one row. Grid: (n, NUM_CHUNKS).
     """
@@ -86,9 +86,9 @@ def _scan_kernel(
         if temperature > 0:
             key0 = row_key(p_seed, p_choice, p_position, i_row, _KEY0)
             key1 = row_key(p_seed, p_choice, p_position, i_row, _KEY1)
-            # The row's maximum is not known yet; what is missing is the same for the whole chunk.
+            # The row's maximum is not known yet; what is missing is one factor for the whole chunk.
             b_z = (b_x - ranked_value(best)) * _inverse(temperature)  # [BLOCK]
-            b_score = tl.where(b_x == float("-inf"), b_x, b_z + gumbel(key0, key1, o_id))
+            b_score = tl.where(b_x == float("-inf"), 0.0, race(b_z, key0, key1, o_id))
             tl.store(p_scores + i_row * NUM_CHUNKS + i_chunk, tl.max(rank(b_score, o_id), 0))
 
 
@@ -97,6 +97,39 @@ def _mass(b_z):
     """Return exp(z) for z ≤ 0 in units of 2⁻³⁵: int64."""
     b_exp = tl.math.exp2(b_z * LOG2E)
     return ((b_exp + 2.0**-12 - 2.0**-12) * 2.0**35).to(tl.int64)
+
+
+@triton.jit
+def _mass_before(p_row, candidate, top, inverse, bound, log_min_p, NUM_IDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the mass of the kept tokens that rank before the candidate, and of all kept tokens: int64."""
+    before = tl.zeros((), tl.int64)
+    total = tl.zeros((), tl.int64)
+    for i_start in range(0, NUM_IDS, BLOCK):
+        o_id = i_start + tl.arange(0, BLOCK)  # [BLOCK]
+        b_x = load_logits(p_row, o_id, i_start, NUM_IDS, BLOCK)
+        b_rank = rank(b_x, o_id)
+        b_z = (b_x - top) * inverse
+        b_mass = tl.where((b_rank >= bound) & (b_z >= log_min_p), _mass(b_z), 0)
+        total += tl.sum(b_mass, 0)
+        before += tl.sum(tl.where(b_rank > candidate, b_mass, 0), 0)
+    return before, total
+
+
+@triton.jit
+def _best_before(
+    p_row, candidate, top, inverse, bound, log_min_p, key0, key1, NUM_IDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the best score among the kept tokens that rank before the candidate, as a rank; LOWEST: there are none."""
+    best = tl.zeros((), tl.int64) + LOWEST
+    for i_start in range(0, NUM_IDS, BLOCK):
+        o_id = i_start + tl.arange(0, BLOCK)  # [BLOCK]
+        b_x = load_logits(p_row, o_id, i_start, NUM_IDS, BLOCK)
+        b_rank = rank(b_x, o_id)
+        b_z = (b_x - top) * inverse
+        m_before = (b_rank > candidate) & (b_rank >= bound) & (b_z >= log_min_p)
+        b_score = rank(race(b_z, key0, key1, o_id), o_id)
+        best = tl.maximum(best, tl.max(tl.where(m_before, b_score, LOWEST), 0))
+    return best
 
 
 @triton.jit
@@ -126,27 +159,17 @@ def _draw_kept(
     is_kept = (candidate >= bound) & ((x - top) * inverse >= log_min_p)
     is_open = (top_p < 1.0) | (is_kept == 0)
     while is_open:
-        before = tl.zeros((), tl.int64)
-        total = tl.zeros((), tl.int64)
-        best = tl.zeros((), tl.int64) + LOWEST
-        for i_start in range(0, NUM_IDS, BLOCK):
-            o_id = i_start + tl.arange(0, BLOCK)  # [BLOCK]
-            b_x = load_logits(p_row, o_id, i_start, NUM_IDS, BLOCK)
-            b_rank = rank(b_x, o_id)
-            b_z = (b_x - top) * inverse
-            m_kept = (b_rank >= bound) & (b_z >= log_min_p) & (o_id < NUM_IDS)
-            m_before = m_kept & (b_rank > candidate)
-            b_mass = tl.where(m_kept, _mass(b_z), 0)
-            total += tl.sum(b_mass, 0)
-            before += tl.sum(tl.where(m_before, b_mass, 0), 0)
-            b_score = rank(b_z + gumbel(key0, key1, o_id), o_id)
-            best = tl.maximum(best, tl.max(tl.where(m_before, b_score, LOWEST), 0))
-        # In float64 both sides are what the reference compares; nothing ranks before the first token.
-        is_inside = (top_p >= 1.0) | (before.to(tl.float64) < top_p * total.to(tl.float64))
-        is_inside = (is_kept & is_inside) | (best == LOWEST)
-        i_candidate = tl.where(is_inside, i_candidate, ranked_id(best))
-        candidate = rank(tl.load(p_row + i_candidate).to(tl.float32), i_candidate)
-        is_kept = is_kept | True
+        is_inside = is_kept
+        if is_kept:  # so top_p is below 1
+            before, total = _mass_before(p_row, candidate, top, inverse, bound, log_min_p, NUM_IDS, BLOCK)
+            # Both sides are the float64 numbers that the reference compares.
+            is_inside = before.to(tl.float64) < top_p * total.to(tl.float64)
+        if is_inside == 0:
+            best = _best_before(p_row, candidate, top, inverse, bound, log_min_p, key0, key1, NUM_IDS, BLOCK)
+            is_inside = best == LOWEST
+            i_candidate = tl.where(is_inside, i_candidate, ranked_id(best))
+            candidate = rank(tl.load(p_row + i_candidate).to(tl.float32), i_candidate)
+            is_kept = candidate >= bound  # by construction
         is_open = (top_p < 1.0) & (is_inside == 0)
     return i_candidate
 
@@ -195,10 +218,9 @@ def _choose_kernel(
         if (temperature > 0) & (failed == 0):
             inverse = _inverse(temperature)
             b_score = tl.load(p_scores + o_part, mask=m_chunk, other=LOWEST)  # [BLOCK_CHUNKS]
-            b_value = ranked_value(b_score)
-            b_lag = (ranked_value(b_best) - top) * inverse
-            b_value = tl.where(b_value == float("-inf"), b_value, b_value + b_lag)
-            i_token = ranked_id(tl.max(tl.where(m_chunk, rank(b_value, ranked_id(b_score)), LOWEST), 0))
+            b_factor = tl.math.exp2((ranked_value(b_best) - top) * inverse * LOG2E)
+            b_score = tl.where(m_chunk, rank(ranked_value(b_score) * b_factor, ranked_id(b_score)), LOWEST)
+            i_token = ranked_id(tl.max(b_score, 0))
             if (p_top_k is not None) or (p_top_p is not None) or (p_log_min_p is not None):
                 p_row = p_logits + i_row * STRIDE
                 bound = tl.zeros((), tl.int64) + LOWEST

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
-import octavo.kernels
 import torch
 
+from .. import calls
 from .oracle import Row
 from .rows import assert_tokens, params_of, run
 
@@ -83,8 +83,9 @@ def check_ties_at_the_cut(seed: int) -> None:
         (levels, 0, 0.2, {1}),
     ]
     for logits, top_k, top_p, survivors in cuts:
-        rows = [Row(logits, 1.0, top_k, top_p, seed=seed, position=at) for at in range(150)]
-        assert {int(token_id) for token_id in run(rows).token_ids} == survivors, f"top_k {top_k}, top_p {top_p}"
+        rows = [Row(logits, 1.0, top_k, top_p, seed=seed, position=at) for at in range(20)]
+        assert set(np.nonzero(rows[0].probabilities())[0]) == survivors
+        assert_tokens(rows)
 
 
 def check_changed_logits(seed: int) -> None:
@@ -165,14 +166,51 @@ def check_no_token_left(seed: int) -> None:
     assert int(found.token_ids[3]) == int(rows[3].logits.argmax())
 
 
+def check_boundaries(seed: int) -> None:
+    """top_k and top_p at the very edge of one token more or less, and tokens that were never to be had."""
+    flat, steep = np.zeros(16), np.linspace(3.0, -3.0, 16)
+    gaps = np.where(np.arange(16) % 3 == 0, steep, -np.inf)
+    tied = np.where(np.arange(16) % 5 == 1, 2.0, steep - 2.0)
+    kept = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    cases = [(logits, {"top_k": top_k}) for logits in (flat, steep, gaps) for top_k in (1, 15, 16, 17, 2**31 - 1)]
+    for num in (1, 5, 8, 15):
+        cases += [(flat, {"top_p": num / 16}), (flat, {"top_p": float(np.nextafter(num / 16, 1))})]
+    cases += [(flat, {"top_p": 1e-300}), (gaps, {"top_k": 8, "top_p": 0.9}), (tied, {"min_p": 1.0})]
+    cases += [(tied, {"min_p": 0.3}), (tied, {"top_k": 2, "top_p": 0.6}), (flat, {"top_k": 8, "top_p": 0.3125})]
+    found = [Row(x, 1.0, seed=seed, position=at, **(kept | case)) for x, case in cases for at in range(6)]
+    assert_tokens(found)
+
+
+def check_many_chunks(seed: int) -> None:
+    """A vocabulary of several tiles, whose equal logits lie on both sides of their borders."""
+    rows = []
+    for at, row in enumerate(rows_over(seed, 14, 9001, spread=1.5)):
+        logits = np.round(row.logits * 2) / 2 if at % 2 else row.logits
+        filters = {"top_k": (0, 0, 300, 5000)[at % 4], "top_p": (1.0, 0.6, 0.9)[at % 3], "min_p": 0.05 * (at % 5 == 3)}
+        rows.append(replace(row, logits=logits, temperature=float(at != 4), **filters))
+    rows[0].logits[:4096] = -np.inf
+    rows[6].logits[4096:] = -np.inf
+    rows[8].logits[8900:] += 6.0
+    assert_tokens(rows)
+    tied = [replace(row, temperature=0.0, logits=np.zeros(9001)) for row in rows[:6]]
+    for at, where in enumerate(([0, 5000], [4095, 4096], [8192, 9000], [9000], [4096, 100], [8191, 8192])):
+        tied[at].logits[where] = 1.0
+    assert run(tied).token_ids.tolist() == [0, 4095, 8192, 9000, 100, 8191]
+    for at, (where, value) in enumerate([(0, np.nan), (4096, np.nan), (9000, np.nan), (5000, np.inf), (1, -np.inf)]):
+        tied[at].logits[where] = value
+    assert run(tied).failed.tolist() == [True] * 4 + [False] * 2
+
+
 def check_out(seed: int) -> None:
     """Results land in `out`, and the logits are left as they were."""
     rows = [replace(row, temperature=at % 2, bias={3: 9.0}) for at, row in enumerate(rows_over(seed, 9))]
     logits = torch.tensor(np.stack([row.logits for row in rows]), dtype=torch.float32)
     before = logits.clone()
-    fresh = octavo.kernels.sample(logits, params_of(rows))
+    fresh = calls.sample(logits, params_of(rows))
     out = type(fresh)(torch.full_like(fresh.token_ids, -1), ~fresh.failed)
-    assert octavo.kernels.sample(logits, params_of(rows), out=out) is out
+    found = calls.sample(logits, params_of(rows), out=out)
+    assert found.token_ids is out.token_ids
+    assert found.failed is out.failed
     assert torch.equal(out.token_ids, fresh.token_ids)
     assert torch.equal(out.failed, fresh.failed)
     assert torch.equal(logits, before)
@@ -190,5 +228,7 @@ CHECKS: tuple[Callable[[int], None], ...] = (
     check_invalid_ids,
     check_neighbours,
     check_no_token_left,
+    check_boundaries,
+    check_many_chunks,
     check_out,
 )

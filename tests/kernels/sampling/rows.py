@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import octavo.kernels
 import torch
 from octavo.kernels.sampling import (
     AllowedTokens,
@@ -17,6 +16,7 @@ from octavo.kernels.sampling import (
     SampleParams,
 )
 
+from .. import calls
 from .oracle import Row
 
 
@@ -87,7 +87,7 @@ def _penalties_of(rows: Sequence[Row], spare: int) -> Penalties | None:
 
 def run(rows: Sequence[Row], dtype: torch.dtype = torch.float32) -> SampleOutput:
     logits = torch.tensor(np.stack([row.logits for row in rows]), dtype=dtype)
-    return octavo.kernels.sample(logits, params_of(rows))
+    return calls.sample(logits, params_of(rows))
 
 
 def assert_tokens(rows: Sequence[Row], dtype: torch.dtype = torch.float32) -> None:

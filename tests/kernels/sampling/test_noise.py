@@ -7,6 +7,7 @@ import pytest
 import torch
 from octavo.kernels.sampling import noise
 
+from .. import calls
 from . import oracle
 
 SEEDS = [0, 1, 2**32 - 1, 2**32, 2**63 - 1, 0x0123456789ABCDEF]
@@ -21,6 +22,18 @@ def test_bits() -> None:
         key = oracle.keys(*row)
         assert [int(half) & oracle.MASK for half in keys[:, at, 0]] == key
         assert (u[at].double() * 2**24).tolist() == [oracle.uniform_numerator(key, i) for i in range(41)]
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_kernels_draw_the_same_bits(backend: str) -> None:
+    from .noise_kernel import store_uniform
+
+    rows = [(seed, choice, position) for seed in SEEDS for choice in (0, 127) for position in (5, 2**40 + 3)]
+    seed, choice, position = torch.tensor(rows).T.contiguous()
+    u = torch.empty(len(rows), 64, device=calls.device())
+    store_uniform[(len(rows),)](u, *(x.to(u.device) for x in (seed, choice.int(), position)), BLOCK=64)
+    codes = (torch.arange(64) * 65_537 * noise.GOLDEN).to(torch.int32)
+    assert torch.equal(u.cpu(), noise.uniform(noise.row_keys(seed, choice, position), codes))
 
 
 def test_noise_is_minus_log_minus_log_u() -> None:

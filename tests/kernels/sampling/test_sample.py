@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import octavo.kernels
 import pytest
 import scipy.stats
 import torch
 from octavo.kernels.sampling import SampleParams
 
+from .. import calls
 from . import checks
 from .oracle import Row
-from .rows import assert_tokens
+from .rows import assert_tokens, params_of
+
+OPS = ("sample",)
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__[6:])
@@ -56,8 +58,9 @@ def test_a_vocabulary_of_many_chunks(backend: str) -> None:
     ids=["plain", "top_k", "top_p", "top_p-min_p", "flat"],
 )
 @pytest.mark.parametrize("varied", ["position", "seed", "choice"])
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
 def test_distribution(backend: str, row: Row, varied: str, count: Callable[[int, int], int], seed: int) -> None:
-    """Chi-square of many draws that differ in one part of the key only."""
+    """Chi-square of many draws that differ in one part of the key only; other backends are held to the same tokens."""
     num_draws = count(4000, 100_000)
     row = replace(row, temperature=1.3)
     key = {name: torch.full((num_draws,), 11 + seed) for name in ("seed", "choice", "position")}
@@ -70,7 +73,7 @@ def test_distribution(backend: str, row: Row, varied: str, count: Callable[[int,
         **key,
     )
     logits = torch.tensor(row.logits, dtype=torch.float32).expand(num_draws, -1)
-    drawn = np.bincount(octavo.kernels.sample(logits, params).token_ids.numpy(), minlength=len(row.logits))
+    drawn = np.bincount(calls.sample(logits, params).token_ids.numpy(), minlength=len(row.logits))
     p = row.probabilities()
     assert drawn[p == 0].sum() == 0
     assert scipy.stats.chisquare(drawn[p > 0], p[p > 0] * num_draws).pvalue > 1e-5
@@ -81,3 +84,30 @@ def test_temperatures_near_zero(backend: str) -> None:
     rows = [replace(row, temperature=10.0**-at) for at, row in enumerate(checks.rows_over(1, 38, spread=30.0))]
     token_ids = checks.run(rows).token_ids.tolist()
     assert token_ids[3:] == [int(row.logits.argmax()) for row in rows[3:]]
+
+
+def test_views_of_wider_rows(backend: str) -> None:
+    """Rows may lie apart, or be one row again and again; none is changed."""
+    wide = torch.randn(3, 90, generator=torch.Generator().manual_seed(4))
+    rows = [Row(np.zeros(45), 1.0, 20, 0.9, seed=at, num_valid_ids=44, bias={3: 2.0}) for at in range(3)]
+    for entries in (rows, [replace(row, bias={}) for row in rows], [replace(row, temperature=0.0) for row in rows]):
+        for view in (wide[:, :45], wide[:, 5:50], wide[:, ::2], wide[1:2, :45].expand(3, -1)):
+            expected, before = calls.sample(view.clone(), params_of(entries)), view.clone()
+            assert torch.equal(calls.sample(view, params_of(entries)).token_ids, expected.token_ids)
+            assert torch.equal(view, before)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 64, 65])
+def test_tiny_vocabularies(backend: str, vocab_size: int) -> None:
+    rows = [
+        replace(row, temperature=1.0, top_k=at % 4, top_p=(1.0, 0.7)[at % 2], min_p=0.1 * (at % 3))
+        for at, row in enumerate(checks.rows_over(7, 12, vocab_size))
+    ]
+    assert_tokens(rows)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_float64_is_refused_by_name(backend: str) -> None:
+    for call in (lambda x: calls.sample(x, SampleParams()), lambda x: calls.log_softmax_top(x, 1)):
+        with pytest.raises(ValueError, match=r"logits has dtype torch.float64; the triton backend takes float32"):
+            call(torch.zeros(1, 4, dtype=torch.float64))
