@@ -32,7 +32,13 @@ def _key(launch: Launch) -> str:
     """Return a name that changes with all that the facts depend on: kernel sources, compiler, how we read."""
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     reader = Path(sass.__file__).read_bytes()
-    parts = (triton.__version__, kernel.cache_key, launch.specialization, hashlib.sha256(reader).hexdigest())
+    parts = (
+        triton.__version__,
+        launch.target,
+        kernel.cache_key,
+        launch.specialization,
+        hashlib.sha256(reader).hexdigest(),
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

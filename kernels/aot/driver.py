@@ -34,13 +34,10 @@ class Launch:
 
     module: str
     kernel: str
+    target: str
+    """The architecture it is compiled for: sm_90."""
     specialization: str
     """Triton's own description, JSON, from which the variant can be compiled in another process."""
-
-    @property
-    def target(self) -> str:
-        """The architecture it is compiled for: sm_90."""
-        return f"sm_{self._data['target']['arch']}"
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -128,7 +125,7 @@ def recording(gpu: Gpu) -> Iterator[dict[Launch, None]]:
     seen: dict[Launch, None] = {}
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        seen.setdefault(Launch(fn.module, fn.name, compile["specialization_data"]))
+        seen.setdefault(Launch(fn.module, fn.name, f"sm_{gpu.arch}", compile["specialization_data"]))
         return True  # Triton takes this for "do not compile", and launches nothing
 
     previous = knobs.runtime.jit_cache_hook

@@ -22,10 +22,12 @@ class Work(NamedTuple):
     flop: int | None = None
     """Floating-point operations of its matrix products, masked ones included."""
     bytes: int | None = None
-    """Bytes that it reads and writes of the tensors that grow with the batch."""
+    """Bytes that it reads and writes of the tensors that grow with the batch or the context."""
 
 
 class _Variant:
+    """A variant's constants and the sizes of its tensors' elements."""
+
     def __init__(self, launch: Launch) -> None:
         self._constants, self._signature = launch.constants, launch.signature
 
@@ -34,12 +36,23 @@ class _Variant:
         return value
 
     def itemsize(self, pointer: str) -> int:
-        kind = self._signature[pointer].lstrip("*").removesuffix(":16")
-        return _BYTES.get(kind, 1)
+        """Return the bytes of an element, 0 where the tensor is left out."""
+        kind = self._signature.get(pointer)
+        return 0 if kind is None else _BYTES.get(kind.lstrip("*").removesuffix(":16"), 1)
+
+
+def _norm(v: _Variant) -> Work:
+    return Work(bytes=v["HIDDEN_SIZE"] * (v.itemsize("x") + v.itemsize("out") + 2 * v.itemsize("residual")))
 
 
 _WORK: Final[dict[str, Callable[[_Variant], Work]]] = {
+    "_activation_kernel": lambda v: Work(bytes=v["BLOCK"] * (2 + v["GATED"]) * v.itemsize("x")),
+    "_copy_kernel": lambda v: Work(bytes=2 * v["BLOCK"] * (v.itemsize("k_from") + v.itemsize("v_from"))),
+    "_layer_norm_kernel": _norm,
     "_prefill": lambda v: Work(flop=4 * v["BLOCK_M"] * v["BLOCK_N"] * v["HEAD_DIM"]),
+    "_rms_norm_kernel": _norm,
+    "_scan_kernel": lambda v: Work(bytes=v["BLOCK"] * (v.itemsize("p_logits") + v.itemsize("p_copy"))),
+    "_sum_kernel": lambda v: Work(bytes=v["BLOCK"] * v.itemsize("p_logits")),
     "decode_kernel": lambda v: Work(bytes=2 * v["BLOCK_N"] * v["HEAD_DIM"] * v.itemsize("p_k_cache")),
 }
 """Kernel -> its work, from its constants and the sizes of its tensors' elements."""
