@@ -60,29 +60,20 @@ def test_worklist_is_the_longest_first(block: int, monkeypatch: pytest.MonkeyPat
         assert (found[len(expected) :] == -1).all()
 
 
-def _plan(inputs: dict[str, Any], num_tokens: int | None = None) -> Any:
-    q, k_cache = inputs["q"], inputs["k_cache"]
-    return calls.plan_paged_attention(
-        inputs["cu_seqlens_q"],
-        inputs["seq_lens"],
-        inputs["block_table"],
-        op="prefill",
-        num_tokens=num_tokens or len(q),
-        max_query_len=len(q),
-        num_q_heads=q.shape[1],
-        num_kv_heads=k_cache.shape[1],
-        head_dim=q.shape[2],
-        block_size=k_cache.shape[2],
-    )
-
-
 SHAPE = Shape(((40, 41), (0, 9), (3, 33), (1, 1)), group_size=7, num_kv_heads=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_plan_serves_every_layer_and_its_order_no_bit(dtype: torch.dtype) -> None:
     inputs = gaussian(replace(SHAPE, dtype=dtype)).lay_out()
-    plan = _plan(inputs, num_tokens=100)
+    plan = worklist_triton.plan_prefill(
+        inputs["cu_seqlens_q"].to(calls.device()),
+        inputs["seq_lens"].to(calls.device()),
+        num_tokens=100,
+        num_q_heads=SHAPE.num_q_heads,
+        num_kv_heads=SHAPE.num_kv_heads,
+        head_dim=SHAPE.head_dim,
+    )
     assert (plan.items[:, 0] >= 0).sum() == 5
     turned = replace(plan, items=plan.items.flip(0).contiguous())
     for layer in ({}, {"window": 20, "soft_cap": 3.0}):
