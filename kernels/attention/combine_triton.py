@@ -106,7 +106,7 @@ def store_rows(
         tl.store(p_lse + o_token * NUM_Q_HEADS + o_head, b_lse, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["max_query_len", "max_items", "window"])
+@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "max_query_len", "max_items", "window"])
 def combine_kernel(
     p_partial,
     p_partial_max,

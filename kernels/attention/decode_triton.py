@@ -9,7 +9,7 @@ head share, and a sequence's splits are spread over the multiprocessors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -27,6 +27,10 @@ from .tile_triton import LOG2E, capped, check_supported, key_rows, load_rows, so
 __all__ = ["DecodeConfig", "config", "decode_kernel", "paged_attention_decode"]
 
 
+_MAX_REGISTERS: Final = {4: 128, 3: 168, 2: 255}
+"""Programs of 128 threads that a multiprocessor shall hold -> registers that leave each thread its share."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How the decode kernel is launched."""
@@ -38,13 +42,21 @@ class DecodeConfig:
     num_tiles: int
     """Row tiles per sequence and KV head; each reads the keys anew, from the second-level cache."""
     num_programs: int
-    """Programs per row tile and KV head, which share the items."""
+    """Programs per row tile and KV head, which share the items: as many as run at once."""
+    max_registers: int
     num_warps: int
     num_stages: int
 
 
 def config(
-    group_size: int, max_query_len: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, target: Target
+    *,
+    group_size: int,
+    max_query_len: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    draft: bool,
+    target: Target,
 ) -> DecodeConfig:
     """Choose how decode is launched; a row's bits do not depend on the choice.
 
@@ -52,15 +64,87 @@ def config(
     would not (another matrix instruction on sm_90), nor would a float32 product, which has no matrix instruction.
     """
     num_rows = max(group_size * max_query_len, 1)
-    block_h = 16 if dtype == torch.float32 else min(max(next_power_of_2(num_rows), 16), 32)
+    wide = dtype == torch.float32
+    block_h = 16 if wide else min(max(next_power_of_2(num_rows), 16), 32)
     num_tiles = cdiv(num_rows, block_h)
-    block_n = 64 if head_dim <= 128 else 32
-    programs_per_sm = 4
-    num_programs = max(1, target.num_sms * programs_per_sm // (num_kv_heads * num_tiles))
-    return DecodeConfig(block_h, block_n, num_tiles, num_programs, num_warps=4, num_stages=3)
+    # The most programs that spill no registers; each has one tile of keys and values on its way.
+    elements = block_h * next_power_of_2(head_dim)
+    programs_per_sm = 2 if wide or draft or elements > 2048 else 3 if elements > 1024 else 4
+    return DecodeConfig(
+        block_h,
+        block_n=64 if head_dim <= 128 else 32,
+        num_tiles=num_tiles,
+        num_programs=max(1, target.num_sms * programs_per_sm // (num_kv_heads * num_tiles)),
+        max_registers=_MAX_REGISTERS[programs_per_sm],
+        num_warps=4,
+        num_stages=3,
+    )
 
 
-@triton.jit(do_not_specialize=["num_seqs", "max_query_len", "window", "table_stride"])
+@triton.jit
+def _attend_split(
+    b_q,
+    p_keys,
+    p_values,
+    p_blocks,
+    b_draft,
+    o_position,
+    i_first,
+    i_low,
+    i_high,
+    scale,
+    soft_cap,
+    window,
+    BLOCK_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Return the softmax's state over keys i_low to i_high: values [BLOCK_H, BLOCK_D], maximum and sum [BLOCK_H].
+
+    Args:
+        b_q: [BLOCK_H, BLOCK_D].  b_draft, o_position: [BLOCK_H], each row's draft mask, or None, and position.
+        i_first: position of the sequence's first query token.
+    """
+    BLOCK_H: tl.constexpr = b_q.shape[0]
+    BLOCK_D: tl.constexpr = b_q.shape[1]
+    o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    factor = scale * LOG2E
+    if soft_cap is not None:
+        factor = 1.0
+    b_max = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_H,), tl.float32)
+    b_acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    for i_key in tl.range(i_low // BLOCK_N * BLOCK_N, i_high, BLOCK_N, num_stages=NUM_STAGES):
+        o_key = i_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        # Lanes beyond either end repeat a key that is seen: their weight is 0, and 0 times a real value is 0.
+        o_seen = tl.minimum(tl.maximum(o_key, i_low), i_high - 1)  # [BLOCK_N]
+        o_slot = key_rows(p_blocks, o_seen, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM)  # [BLOCK_N]
+        b_keys = load_rows(p_keys, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        b_values = load_rows(p_values, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
+        if soft_cap is not None:
+            b_scores = capped(b_scores, scale / soft_cap, soft_cap)
+        m_seen = o_key[None, :] <= o_position[:, None]  # no tile crosses a split's end, no position a length's
+        if window is not None:
+            m_seen &= o_key[None, :] > o_position[:, None] - window
+        if b_draft is not None:
+            o_draft = o_key - i_first  # [BLOCK_N] from the sequence's first query token
+            m_draft = (b_draft[:, None] >> tl.minimum(tl.maximum(o_draft, 0), 31)[None, :]) & 1
+            m_seen &= (o_draft < 0)[None, :] | (m_draft == 1)
+        b_scores = tl.where(m_seen, b_scores, float("-inf"))
+        b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, True)
+        b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
+    return b_acc, b_max, b_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "p_draft_mask", "window", "num_seqs", "max_query_len",
+        "table_stride",
+    ]
+)  # fmt: skip
 def decode_kernel(
     p_q,
     p_k_cache,
@@ -103,60 +187,36 @@ def decode_kernel(
     """
     NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
     i_kv_head = tl.program_id(1) % NUM_KV_HEADS
-    o_row = tl.program_id(1) // NUM_KV_HEADS * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    i_tile_row = tl.program_id(1) // NUM_KV_HEADS * BLOCK_H
+    o_row = i_tile_row + tl.arange(0, BLOCK_H)  # [BLOCK_H]
     o_row_token = o_row // GROUP_SIZE  # [BLOCK_H] from the sequence's first query token
     o_head = i_kv_head * GROUP_SIZE + o_row % GROUP_SIZE  # [BLOCK_H]
     o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
     p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
-    factor = scale * LOG2E
-    if soft_cap is not None:
-        factor = 1.0
     for i_item in tl.range(tl.program_id(0), tl.load(p_cu_splits + num_seqs), tl.num_programs(0), num_stages=1):
         i_seq = tl.load(p_item_seqs + i_item)
         i_split = i_item - tl.load(p_cu_splits + i_seq)
         i_start = tl.load(p_cu_seqlens_q + i_seq).to(tl.int32)
         query_len = tl.load(p_cu_seqlens_q + i_seq + 1).to(tl.int32) - i_start
         seq_len = tl.load(p_seq_lens + i_seq).to(tl.int32)
-        p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
         i_oldest, i_first_split, num_splits = live_splits(seq_len, query_len, window, SPLIT_TOKENS)
-        m_row = o_row_token < tl.minimum(query_len, max_query_len)  # [BLOCK_H]; the scratch has no room for more
-        o_token = i_start + o_row_token  # [BLOCK_H]
-        o_position = seq_len - query_len + o_row_token  # [BLOCK_H]
-        o_q = o_token.to(tl.int64) * q_stride + o_head * HEAD_DIM  # [BLOCK_H]
-        b_q = load_rows(p_q, o_q, m_row, o_dim, HEAD_DIM)  # [BLOCK_H, BLOCK_D]
-        if p_draft_mask is not None:
-            b_draft = tl.load(p_draft_mask + o_token, mask=m_row, other=0).to(tl.int32)  # [BLOCK_H]
-
-        b_max = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        b_sum = tl.zeros((BLOCK_H,), tl.float32)
-        b_acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        i_low = tl.maximum(i_split * SPLIT_TOKENS, i_oldest)
-        i_high = tl.minimum((i_split + 1) * SPLIT_TOKENS, seq_len)
-        if tl.min(o_row, 0) >= query_len * GROUP_SIZE:
-            i_high = i_low  # a tile of no rows reads nothing
-        for i_key in tl.range(i_low // BLOCK_N * BLOCK_N, i_high, BLOCK_N, num_stages=NUM_STAGES):
-            o_key = i_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-            # Lanes beyond either end repeat a key that is seen: their weight is 0, and 0 times a real value is 0.
-            o_seen = tl.minimum(tl.maximum(o_key, i_low), i_high - 1)  # [BLOCK_N]
-            o_slot = key_rows(p_blocks, o_seen, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, BLOCK_SIZE, HEAD_DIM)
-            b_keys = load_rows(p_keys, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-            b_values = load_rows(p_values, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-            b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
-            if soft_cap is not None:
-                b_scores = capped(b_scores, scale / soft_cap, soft_cap)
-            m_seen = o_key[None, :] <= o_position[:, None]  # no tile crosses a split's end, no position a length's
-            if window is not None:
-                m_seen &= o_key[None, :] > o_position[:, None] - window
+        if (i_split >= i_first_split) & (i_tile_row < query_len * GROUP_SIZE):
+            m_row = o_row_token < tl.minimum(query_len, max_query_len)  # [BLOCK_H]; the scratch has no room for more
+            o_token = i_start + o_row_token  # [BLOCK_H]
+            o_q = o_token.to(tl.int64) * q_stride + o_head * HEAD_DIM  # [BLOCK_H]
+            b_q = load_rows(p_q, o_q, m_row, o_dim, HEAD_DIM)  # [BLOCK_H, BLOCK_D]
+            b_draft = None
             if p_draft_mask is not None:
-                o_draft = o_key - (seq_len - query_len)  # [BLOCK_N] from the sequence's first query token
-                m_draft = ((b_draft[:, None] >> tl.minimum(tl.maximum(o_draft, 0), 31)[None, :]) & 1) == 1
-                m_seen &= (o_draft < 0)[None, :] | m_draft
-            b_scores = tl.where(m_seen, b_scores, float("-inf"))
-            b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, True)
-            b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
-
-        if i_split >= i_first_split:
+                b_draft = tl.load(p_draft_mask + o_token, mask=m_row, other=0).to(tl.int32)  # [BLOCK_H]
+            i_first = seq_len - query_len
+            i_low = tl.maximum(i_split * SPLIT_TOKENS, i_oldest)
+            i_high = tl.minimum((i_split + 1) * SPLIT_TOKENS, seq_len)
+            p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
+            b_acc, b_max, b_sum = _attend_split(
+                b_q, p_keys, p_values, p_blocks, b_draft, i_first + o_row_token, i_first, i_low, i_high, scale,
+                soft_cap, window, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_N, NUM_STAGES,
+            )  # fmt: skip
             if num_splits - i_first_split <= 1:
                 store_rows(
                     p_out, p_lse, p_sinks, b_acc, b_max, b_sum, o_token, o_head, m_row, out_stride,
@@ -175,8 +235,8 @@ def decode_kernel(
                     num_done = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
                     if num_done == num_splits - i_first_split - 1:
                         tl.store(p_counter, 0)  # for the next layer
-                        i_row_end = tl.minimum(query_len * GROUP_SIZE, tl.max(o_row, 0) + 1)
-                        for i_row in range(tl.min(o_row, 0), i_row_end):
+                        i_row_end = tl.minimum(i_tile_row + BLOCK_H, query_len * GROUP_SIZE)
+                        for i_row in range(i_tile_row, i_row_end):
                             i_token = i_row // GROUP_SIZE
                             i_head = i_kv_head * GROUP_SIZE + i_row % GROUP_SIZE
                             b_row, b_row_max, b_row_sum = merge_splits(
@@ -243,7 +303,15 @@ def paged_attention_decode(
         )
     assert isinstance(plan, DecodePlan), "the plan is of another backend or op"
     assert plan.serves(num_seqs, num_q_heads, head_dim), "the plan is of another step or model"
-    settings = config(group_size, plan.max_query_len, num_kv_heads, head_dim, q.dtype, target(q.device))
+    settings = config(
+        group_size=group_size,
+        max_query_len=plan.max_query_len,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=q.dtype,
+        draft=draft_mask is not None,
+        target=target(q.device),
+    )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = q.new_empty((num_tokens, num_q_heads), dtype=torch.float32) if return_lse else None
     if num_tokens and num_seqs:
@@ -282,6 +350,7 @@ def paged_attention_decode(
             BLOCK_D=next_power_of_2(head_dim),
             NUM_STAGES=settings.num_stages,
             num_warps=settings.num_warps,
+            maxnreg=settings.max_registers,
             enable_fp_fusion=True,
         )
         if plan.may_split and plan.counters is None:

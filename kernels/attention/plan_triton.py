@@ -68,7 +68,7 @@ def _num_items(p_cu_seqlens_q, p_seq_lens, o_seq, m_seq, SPLIT_TOKENS: tl.conste
     return tl.where(b_query_len > 0, tl.maximum(tl.cdiv(b_seq_len, SPLIT_TOKENS), 1), 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "max_items", "max_query_len"])
+@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "num_seqs", "max_items", "max_query_len"])
 def plan_decode_kernel(
     p_cu_splits,
     p_item_seqs,
