@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -55,9 +56,9 @@ def _inverse_root(square_sum, eps, HIDDEN_SIZE: tl.constexpr):
 @triton.jit
 def _rms_norm_kernel(
     x,
-    weight,
     residual,
     out,
+    weight,
     eps,
     weight_offset,
     X_STRIDE: tl.constexpr,
@@ -84,10 +85,10 @@ def _rms_norm_kernel(
 @triton.jit
 def _layer_norm_kernel(
     x,
-    weight,
-    bias,
     residual,
     out,
+    weight,
+    bias,
     eps,
     X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
@@ -121,17 +122,35 @@ def _rows(name: str, x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> None:
+def _launch(
+    kernel: Any, x: Tensor, residual: Tensor | None, out: Tensor | None, *rest: Tensor | float | None
+) -> Tensor:
+    """Check what both norms share and launch one of them; `rest` are the kernel's own arguments."""
     check_kernel_float("x", x)
-    if not 0 < x.shape[-1] <= MAX_HIDDEN_SIZE:
-        raise ValueError(f"x has {x.shape[-1]} elements per row; the triton backend takes 1 to {MAX_HIDDEN_SIZE}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_shape(name, vector, (x.shape[-1],))
-            check_kernel_float(name, vector)
+    hidden_size = x.shape[-1]
+    if not 0 < hidden_size <= MAX_HIDDEN_SIZE:
+        raise ValueError(f"x has {hidden_size} elements per row; the triton backend takes 1 to {MAX_HIDDEN_SIZE}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}; x is {tuple(x.shape)} {x.dtype}")
     check_out(out, x.shape, x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    rows, sums, written = _rows("x", x), None if residual is None else _rows("residual", residual), _rows("out", out)
+    settings = config(hidden_size=hidden_size)
+    if len(rows):
+        kernel[(len(rows),)](
+            rows,
+            sums,
+            written,
+            *rest,
+            X_STRIDE=rows.stride(0),
+            RESIDUAL_STRIDE=0 if sums is None else sums.stride(0),
+            OUT_STRIDE=written.stride(0),
+            HIDDEN_SIZE=hidden_size,
+            BLOCK=settings.block,
+            num_warps=settings.num_warps,
+            enable_fp_fusion=True,
+        )
+    return out
 
 
 def rms_norm(
@@ -144,27 +163,8 @@ def rms_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `octavo.kernels.rms_norm`."""
-    _check(x, weight, None, residual, out)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    rows, sums, written = _rows("x", x), None if residual is None else _rows("residual", residual), _rows("out", out)
-    settings = config(hidden_size=x.shape[-1])
-    if len(rows):
-        _rms_norm_kernel[(len(rows),)](
-            rows,
-            weight.contiguous(),
-            sums,
-            written,
-            eps,
-            weight_offset,
-            X_STRIDE=rows.stride(0),
-            RESIDUAL_STRIDE=0 if sums is None else sums.stride(0),
-            OUT_STRIDE=written.stride(0),
-            HIDDEN_SIZE=x.shape[-1],
-            BLOCK=settings.block,
-            num_warps=settings.num_warps,
-            enable_fp_fusion=True,
-        )
-    return out
+    check_shape("weight", weight, (x.shape[-1],))
+    return _launch(_rms_norm_kernel, x, residual, out, weight.contiguous(), eps, weight_offset)
 
 
 def layer_norm(
@@ -177,24 +177,8 @@ def layer_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `octavo.kernels.layer_norm`."""
-    _check(x, weight, bias, residual, out)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    rows, sums, written = _rows("x", x), None if residual is None else _rows("residual", residual), _rows("out", out)
-    settings = config(hidden_size=x.shape[-1])
-    if len(rows):
-        _layer_norm_kernel[(len(rows),)](
-            rows,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            sums,
-            written,
-            eps,
-            X_STRIDE=rows.stride(0),
-            RESIDUAL_STRIDE=0 if sums is None else sums.stride(0),
-            OUT_STRIDE=written.stride(0),
-            HIDDEN_SIZE=x.shape[-1],
-            BLOCK=settings.block,
-            num_warps=settings.num_warps,
-            enable_fp_fusion=True,
-        )
-    return out
+    check_shape("weight", weight, (x.shape[-1],))
+    if bias is not None:
+        check_shape("bias", bias, (x.shape[-1],))
+        bias = bias.contiguous()
+    return _launch(_layer_norm_kernel, x, residual, out, weight.contiguous(), bias, eps)

@@ -36,7 +36,9 @@ def rows_beyond_31_bits() -> None:
     x = torch.from_numpy(np.zeros(2 * stride + 8, dtype=np.float16)).as_strided((3, 8), (stride, 1))
     x.copy_(torch.arange(24.0).view(3, 8))
     plain = calls.gated_activation(x.contiguous(), "silu")
-    assert same_bits(calls.gated_activation(x, "silu", out=x[:, 4:]).contiguous(), plain)
+    assert same_bits(calls.gated_activation(x, "silu", out=x[:, 4:]).contiguous(), plain), (
+        "a row depends on where it lies"
+    )
 
 
 # Longer than one program's part of a row.
