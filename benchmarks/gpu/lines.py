@@ -1,0 +1,81 @@
+"""This module holds how a process tells of its cases: one line of JSON each, written as soon as it is known, so that a
+crash loses one case. It does not know what a case does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["POISONED", "Lines", "NotRunError"]
+
+POISONED = 70
+"""Exit status of a process whose CUDA context an error has broken: the cases left want a fresh one."""
+
+
+class NotRunError(Exception):
+    """A case that cannot be run here; says why."""
+
+
+class Lines:
+    """Writes a case's beginning and its outcome: a dictionary with a `status`."""
+
+    def __init__(self, path: Path | None, skip: Iterable[str] = ()) -> None:
+        self._file = path.open("a", encoding="utf-8") if path else sys.stdout
+        self._skip = frozenset(skip)
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """Add the options that `from_options` reads."""
+        parser.add_argument("--lines", type=Path, help="append results there (default: standard output)")
+        parser.add_argument("--skip", type=Path, help="a JSON list of cases to leave out")
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> Lines:
+        """Return what the command line asks for."""
+        return cls(args.lines, json.loads(args.skip.read_text(encoding="utf-8")) if args.skip else ())
+
+    def write(self, **line: Any) -> None:
+        """Write one line, at once."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def plan(self, names: Iterable[str]) -> list[str]:
+        """Say which cases there will be; return those that are not to be left out."""
+        left = [name for name in names if name not in self._skip]
+        self.write(plan=left)
+        return left
+
+    def run(self, cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
+        """Run each case and write what it returns; its exceptions are its outcome."""
+        for name in self.plan(cases):
+            self.write(case=name, status="started")
+            try:
+                facts = {"status": "passed"} | cases[name]()
+            except NotRunError as error:
+                facts = {"status": "not run", "reason": str(error)}
+            except AssertionError as error:
+                facts = {"status": "failed", "reason": str(error) or traceback.format_exc(limit=-3)}
+            except Exception:
+                facts = {"status": "failed", "reason": traceback.format_exc(limit=-6)}
+            self.write(case=name, **facts)
+            if facts["status"] == "failed" and is_poisoned():
+                sys.exit(POISONED)
+
+
+def is_poisoned() -> bool:
+    """Whether this process can no longer use its GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
