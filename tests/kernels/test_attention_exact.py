@@ -12,7 +12,7 @@ OPS = ("paged_attention_prefill", "paged_attention_decode")
 BFLOAT16, FLOAT16, FLOAT64 = torch.bfloat16, torch.float16, torch.float64
 
 PREFILL = [
-    Shape(((1, 1), (2, 2), (17, 17), (0, 9), (3, 33))),
+    Shape(((1, 1), (2, 2), (17, 17), (0, 9), (17, 17), (3, 33))),
     Shape(((16, 16), (15, 31), (33, 48)), num_kv_heads=3, group_size=3, window=16),
     Shape(((5, 40), (40, 40)), num_kv_heads=1, group_size=7, head_dim=80, block_size=5, dtype=BFLOAT16, window=7),
     Shape(((5, 40), (40, 70)), num_kv_heads=1, group_size=7, head_dim=80, block_size=32, dtype=BFLOAT16, window=7),

@@ -42,7 +42,7 @@ if INTERPRETER:
 _ROOT: Final = octavo.kernels.__name__
 _SHAPES: Final = {
     PREFILL: (
-        Shape(((1, 1), (17, 17), (0, 9), (3, 65)), num_kv_heads=2),
+        Shape(((1, 1), (17, 17), (0, 9), (3, 65), (17, 17))),
         Shape(((5, 60), (40, 140)), num_kv_heads=3, group_size=3, window=18, head_dim=80),
         Shape(((33, 64), (1, 1100)), num_kv_heads=1, group_size=4, block_size=64),
     ),

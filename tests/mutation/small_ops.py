@@ -102,8 +102,9 @@ def _store(x: Tensor, cache: Tensor, scale: Any, block: int, offset: int, bug: s
         if bug == "int8_token_scale":
             size = size.max().expand_as(size)
         scale[block, :, offset] = size
-        steps = wide / size.clamp(min=1e-30)[:, None]
-        cache[block, :, offset] = (steps.trunc() if bug == "int8_truncates" else steps.round()).to(torch.int8)
+        steps = wide / torch.where(size > 0, size, 1.0)[:, None]
+        steps = steps.trunc() if bug == "int8_truncates" else steps.round()
+        cache[block, :, offset] = steps.clamp(-127, 127).to(torch.int8)
     elif cache.dtype == torch.float8_e4m3fn:
         steps = wide * scale if bug == "e4m3_multiplies" else wide / scale
         limit = math.nan if bug == "e4m3_overflows" else 448.0
