@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from .targets import GPUS, MODELS, find_model
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the kernels compile to, found without a GPU.")
 notes = Console(stderr=True)
 
-BLOCK_SIZES = "16,64"
+BLOCK_SIZES = "64,16"
 TARGETS = ",".join(GPUS)
 CACHE = default_cache()
 
@@ -42,17 +43,17 @@ def refuse(message: str) -> NoReturn:
 
 def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: object) -> list[Variant]:
     """Return the variants asked for."""
-    try:
-        sizes = find_model(model)
-        settings = [Settings(block_size=int(size), **flags) for size in block_sizes.split(",")]  # type: ignore[arg-type]
-    except ValueError as error:
-        refuse(str(error))
+    if interpreted():
+        refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     unknown = [target for target in targets.split(",") if target not in GPUS]
     if unknown:
         refuse(f"unknown target {', '.join(unknown)}; known: {', '.join(GPUS)}")
-    if interpreted():
-        refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
-    found = [variant for target in targets.split(",") for variant in list_variants(sizes, settings, target)]
+    try:
+        sizes = find_model(model)
+        settings = [Settings(block_size=int(size), **flags) for size in block_sizes.split(",")]  # type: ignore[arg-type]
+        found = [variant for target in targets.split(",") for variant in list_variants(sizes, settings, target)]
+    except ValueError as error:  # a kernel's refusal of what it cannot do is one, too
+        refuse(str(error))
     if missing := missing_ops():
         notes.print(f"no kernel yet: {', '.join(missing)}", style="yellow")
     return [variant for variant in found if kernel in variant.launch.kernel]
@@ -62,9 +63,8 @@ def compile_rows(model: str, variants: Sequence[Variant], cache: Path, workers: 
     """Compile with a progress bar on stderr."""
     with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("compiling", total=len(variants))
-        return make_rows(
-            model, variants, cache=cache, num_workers=workers, advance=lambda: progress.advance(task)
-        )  # fmt: skip
+        advance = functools.partial(progress.advance, task)
+        return make_rows(model, variants, cache=cache, num_workers=workers, advance=advance)
 
 
 @app.command()

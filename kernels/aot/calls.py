@@ -68,7 +68,7 @@ def missing_ops() -> list[str]:
 
 def sizes(limit: int) -> list[int]:
     """Return sizes in which a launcher or Triton may see a difference: small ones, powers of two and what is beside."""
-    around = {power + beside for k in range(24) for power in (1 << k,) for beside in (-1, 0, 1)}
+    around = {(1 << k) + beside for k in range(24) for beside in (-1, 0, 1)}
     return sorted(n for n in around | set(range(1, 18)) | {limit} if 1 <= n <= limit)
 
 
@@ -247,15 +247,15 @@ def _widths(settings: Settings) -> list[int]:
 
 
 def _prefill_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    # Triton looks at every argument by itself, so sizes of different arguments need not meet in every combination.
+    places = itertools.cycle(itertools.product(_widths(settings), (0, 1, 16)))
     for num_tokens in sizes(settings.max_num_batched_tokens):
-        for num_seqs in sorted({1, 2, 3, 16, min(num_tokens, settings.max_num_seqs)}):
-            for width, start in zip(_widths(settings), itertools.cycle((0, 1, 16))):
-                if num_seqs <= num_tokens:
-                    longest = num_tokens - num_seqs + 1
-                    yield attention_call(
-                        model, settings, "prefill", num_seqs=num_seqs, num_tokens=num_tokens, max_query_len=longest,
-                        max_blocks_per_seq=width, start=start,
-                    )  # fmt: skip
+        for num_seqs in sorted({1, min(2, num_tokens), min(num_tokens, settings.max_num_seqs)}):
+            width, start = next(places)
+            yield attention_call(
+                model, settings, "prefill", num_seqs=num_seqs, num_tokens=num_tokens, start=start,
+                max_query_len=num_tokens - num_seqs + 1, max_blocks_per_seq=width,
+            )  # fmt: skip
 
 
 def _decode_calls(model: Model, settings: Settings) -> Iterator[Call]:
@@ -263,7 +263,7 @@ def _decode_calls(model: Model, settings: Settings) -> Iterator[Call]:
         label = _cache_label(settings) + (f" verify {max_query_len}" if max_query_len > 1 else "")
         few = max_query_len > 1  # what the number of sequences makes different, it does at one row each
         for num_seqs in _few(settings.max_num_seqs) if few else sizes(settings.max_num_seqs):
-            for width in _widths(settings):
+            for width in (1, 2, _widths(settings)[-1]):
                 yield attention_call(
                     model, settings, "decode", num_seqs=num_seqs, num_tokens=num_seqs * max_query_len,
                     max_query_len=max_query_len, max_blocks_per_seq=width, label=label,
@@ -319,7 +319,7 @@ def _subsets(names: tuple[str, ...]) -> Iterator[frozenset[str]]:
 def _sampling_calls(model: Model, settings: Settings) -> Iterator[Call]:
     drawn = [frozenset[str]()] + [filters | {"temperature"} for filters in _subsets(FILTERS)]
     for features in (base | entries for entries in _subsets(ENTRIES) for base in drawn):
-        for num_seqs in _few(settings.max_num_seqs):
+        for num_seqs in _few(settings.max_num_seqs)[:2]:
             yield sample_call(model, num_seqs, features)
     for num_seqs in sizes(settings.max_num_seqs):
         yield sample_call(model, num_seqs, drawn[-1])

@@ -86,11 +86,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--block-sizes", default="16,64")
     parser.add_argument("--despecialize", action="store_true")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"num_known": 0, "num_launched": 0, "unknown": [], "despecialized": {}}
-    for name, block_size in itertools.product(arguments.models.split(","), (16, 64)):
-        model, settings = MODELS[name], Settings(block_size=block_size)
+    for name, block_size in itertools.product(arguments.models.split(","), arguments.block_sizes.split(",")):
+        model, settings = MODELS[name], Settings(block_size=int(block_size))
         variants = list_variants(model, [settings], TARGET)
         known = {variant.launch for variant in variants}
         seen = launched(model, settings, arguments.steps, arguments.seed)
