@@ -107,8 +107,8 @@ def _store(x: Tensor, cache: Tensor, scale: Any, block: int, offset: int, bug: s
         cache[block, :, offset] = steps.clamp(-127, 127).to(torch.int8)
     elif cache.dtype == torch.float8_e4m3fn:
         steps = wide * scale if bug == "e4m3_multiplies" else wide / scale
-        limit = math.nan if bug == "e4m3_overflows" else 448.0
-        steps = torch.where(steps.abs() <= 448, steps, steps.sign() * limit)
+        clamped = steps.clamp(-448, 448)
+        steps = torch.where(steps.abs() <= 448, steps, math.nan) if bug == "e4m3_overflows" else clamped
         cache.view(torch.uint8)[block, :, offset] = steps.to(cache.dtype).view(torch.uint8)
     else:
         cache[block, :, offset] = x.to(cache.dtype)
