@@ -55,15 +55,15 @@ def config(*, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, t
 
 @triton.jit
 def _tile_blocks(
-    p_blocks, i_key, lowest, highest, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+    p_blocks, i_key, lowest, highest, CLAMPED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Return the blocks of the keys i_key .. i_key + BLOCK_N - 1: [BLOCK_N], or the one they are all in."""
     o_key = i_key
     if BLOCK_SIZE % BLOCK_N != 0:
         o_key = i_key + tl.arange(0, BLOCK_N)
-    if MASKED:
-        o_key = tl.maximum(o_key, lowest)
-    return tl.load(p_blocks + tl.minimum(o_key, highest) // BLOCK_SIZE)
+    if CLAMPED:
+        o_key = tl.minimum(tl.maximum(o_key, lowest), highest)
+    return tl.load(p_blocks + o_key // BLOCK_SIZE)
 
 
 @triton.jit
@@ -100,14 +100,17 @@ def _attend_keys(
     o_tile = tl.arange(0, BLOCK_N)
     o_dim = tl.arange(0, BLOCK_D)
     # Looked up one tile ahead: rows whose address is known when an iteration starts can be fetched tiles in advance.
-    b_block = _tile_blocks(p_blocks, first, lowest, highest, MASKED, BLOCK_SIZE, BLOCK_N)
+    b_block = _tile_blocks(p_blocks, first, lowest, highest, True, BLOCK_SIZE, BLOCK_N)
     for i_key in range(first, stop, BLOCK_N):
         o_key = tl.multiple_of(i_key, BLOCK_N) + o_tile  # [BLOCK_N]
         o_read = o_key
         if MASKED:
             o_read = tl.minimum(tl.maximum(o_key, lowest), highest)
         o_row = slot_rows(b_block, o_read, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM)
-        b_block = _tile_blocks(p_blocks, i_key + BLOCK_N, lowest, highest, MASKED, BLOCK_SIZE, BLOCK_N)
+        i_next = i_key + BLOCK_N
+        if not MASKED:
+            i_next = tl.minimum(i_next, stop - BLOCK_N)  # whole tiles: no lane of the last one needs a clamp
+        b_block = _tile_blocks(p_blocks, i_next, lowest, highest, MASKED, BLOCK_SIZE, BLOCK_N)
         b_keys = load_rows(p_keys, o_row, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
         b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         factor = scale * LOG2E

@@ -82,6 +82,25 @@ def test_one_plan_serves_every_layer_and_its_order_no_bit(dtype: torch.dtype) ->
         assert same_bits(call(OP, {**inputs, **layer, "worklist": turned}), alone)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_prompt_may_be_cut_anywhere(window: int | None) -> None:
+    """Tiles of keys start at multiples of their size, whatever the chunk: the same bits."""
+    length = 41
+    whole = gaussian(Shape(((length, length),), num_kv_heads=1, window=window))
+    expected = call(OP, whole.lay_out())
+    for size in (7, 17, 40):
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            chunk = replace(
+                whole,
+                shape=replace(whole.shape, seqs=((end - start, end),)),
+                q=whole.q[start:end],
+                keys=[whole.keys[0][:end]],
+                values=[whole.values[0][:end]],
+            )
+            assert same_bits(call(OP, chunk.lay_out(start)), expected[start:end])
+
+
 def test_heads_beyond_a_tile_are_split() -> None:
     """37 heads share a KV head, where a tile has 32 rows: two tiles of 19 heads, of which the last has 18."""
     shape = Shape(((2, 9),), num_kv_heads=2, group_size=37)
