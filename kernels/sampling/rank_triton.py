@@ -119,7 +119,7 @@ def kth_rank(
     """Return a bound that exactly k of the row's ranks reach, 1 ≤ k ≤ NUM_IDS, by radix selection.
 
     Each round counts the next eight bits of the keys that have matched so far; the last one, where the k-th value is
-    tied, counts ids. All counts are integers, so their order is free.
+    tied, counts ids. All counts are integers, so their order is free; lanes past the last id rank after every id.
     """
     o_tile = tl.arange(0, BLOCK)
     o_digit = tl.arange(0, 256)
@@ -133,7 +133,7 @@ def kth_rank(
             o_id = i_start + o_tile  # [BLOCK]
             b_x = load_logits(p_row, o_id, i_start, NUM_IDS, BLOCK)
             b_key = _order(b_x).to(tl.uint32, bitcast=True) ^ 0x80000000
-            m_equal = (((b_key ^ prefix) >> shift >> 8) == 0) & (o_id < NUM_IDS)
+            m_equal = ((b_key ^ prefix) >> shift >> 8) == 0
             b_counts += tl.histogram(((b_key >> shift) & 0xFF).to(tl.int32), 256, mask=m_equal)
         b_above = tl.cumsum(b_counts, 0, reverse=True) - b_counts  # [256]
         m_digit = (b_above < wanted) & (wanted <= b_above + b_counts)
@@ -148,7 +148,7 @@ def kth_rank(
             o_id = i_start + o_tile  # [BLOCK]
             b_x = load_logits(p_row, o_id, i_start, NUM_IDS, BLOCK)
             b_key = _order(b_x).to(tl.uint32, bitcast=True) ^ 0x80000000
-            m_equal = (((b_key ^ prefix) >> LAST_SHIFT) == 0) & (o_id < NUM_IDS)
+            m_equal = ((b_key ^ prefix) >> LAST_SHIFT) == 0
             b_nth = num_before + tl.cumsum(m_equal.to(tl.int32), 0)  # [BLOCK]
             m_last = m_equal & (b_nth == wanted)
             bound = tl.maximum(bound, tl.max(tl.where(m_last, rank(b_x, o_id), LOWEST), 0))

@@ -171,10 +171,12 @@ def check_boundaries(seed: int) -> None:
     flat, steep = np.zeros(16), np.linspace(3.0, -3.0, 16)
     gaps = np.where(np.arange(16) % 3 == 0, steep, -np.inf)
     tied = np.where(np.arange(16) % 5 == 1, 2.0, steep - 2.0)
+    zeros = np.where(np.arange(16) % 2, 0.0, -0.0)
     kept = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     cases = [(logits, {"top_k": top_k}) for logits in (flat, steep, gaps) for top_k in (1, 15, 16, 17, 2**31 - 1)]
     for num in (1, 5, 8, 15):
         cases += [(flat, {"top_p": num / 16}), (flat, {"top_p": float(np.nextafter(num / 16, 1))})]
+    cases += [(zeros, {"top_k": top_k}) for top_k in (1, 5)]
     cases += [(flat, {"top_p": 1e-300}), (gaps, {"top_k": 8, "top_p": 0.9}), (tied, {"min_p": 1.0})]
     cases += [(tied, {"min_p": 0.3}), (tied, {"top_k": 2, "top_p": 0.6}), (flat, {"top_k": 8, "top_p": 0.3125})]
     found = [Row(x, 1.0, seed=seed, position=at, **(kept | case)) for x, case in cases for at in range(6)]
@@ -201,6 +203,16 @@ def check_many_chunks(seed: int) -> None:
     assert run(tied).failed.tolist() == [True] * 4 + [False] * 2
 
 
+def check_low_precision(seed: int) -> None:
+    """bfloat16 makes ties at every cut."""
+    rows = [
+        replace(row, temperature=(0.0, 1.0)[at % 2], top_k=(0, 6, 17)[at % 3], top_p=(1.0, 0.7)[at // 2 % 2])
+        for at, row in enumerate(rows_over(seed, 48, spread=0.5))
+    ]
+    assert_tokens(rows, torch.bfloat16)
+    assert_tokens(rows[:24], torch.float16)
+
+
 def check_out(seed: int) -> None:
     """Results land in `out`, and the logits are left as they were."""
     rows = [replace(row, temperature=at % 2, bias={3: 9.0}) for at, row in enumerate(rows_over(seed, 9))]
@@ -217,18 +229,20 @@ def check_out(seed: int) -> None:
 
 
 CHECKS: tuple[Callable[[int], None], ...] = (
+    check_no_token_left,
+    check_out,
     check_greedy,
+    check_many_chunks,
+    check_invalid_ids,
+    check_changed_logits,
+    check_low_precision,
+    check_boundaries,
     check_temperature,
-    check_top_k,
-    check_top_p,
+    check_neighbours,
     check_min_p,
+    check_top_p,
+    check_top_k,
     check_filters_together,
     check_ties_at_the_cut,
-    check_changed_logits,
-    check_invalid_ids,
-    check_neighbours,
-    check_no_token_left,
-    check_boundaries,
-    check_many_chunks,
-    check_out,
 )
+"""The quick ones first: a planted bug meets them in this order."""
