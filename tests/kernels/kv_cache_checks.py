@@ -192,6 +192,16 @@ def quantises_exactly(kind: str, dtype: torch.dtype) -> None:
         assert not len(wrong), f"{name}: {x[tuple(wrong[0])]} is stored as {stored[tuple(wrong[0])]}"
 
 
+def int8_shows_nan() -> None:
+    """int8 has no NaN: a head that holds one gets a scale of NaN, and its neighbours do not."""
+    x = torch.ones(1, 3, 64)
+    x[0, 1, 40] = float("nan")
+    caches, scales = torch.zeros(2, 2, 3, 16, 64, dtype=torch.int8), torch.zeros(2, 2, 3, 16)
+    slot, position = torch.tensor([17], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    calls.write_kv(x.clone(), x, x, *caches, slot, positions=position, k_scale=scales[0], v_scale=scales[1])
+    assert scales[:, 1, :, 1].isnan().tolist() == [[False, True, False]] * 2, "a NaN is lost, or spreads"
+
+
 def quantises_what_it_rotated(kind: str) -> None:
     """A key is rounded to its dtype before it is quantised: as the query beside it, which was the same."""
     spec = SPECS["write_kv"]
@@ -330,6 +340,7 @@ CHECKS = (
     *((f"rounding: {case.name}", partial(writes_what_it_should, case)) for case in CASES),
     *((f"exact: {kind} {dtype}", partial(quantises_exactly, kind, dtype)) for kind, dtype in QUANTISED),
     *((f"exact: {kind} rotated", partial(quantises_what_it_rotated, kind)) for kind in ("int8", "e4m3")),
+    ("exact: int8 NaN", int8_shows_nan),
     ("exact: beyond 31 bits", writes_beyond_31_bits),
 )
 COPY_CHECKS = (

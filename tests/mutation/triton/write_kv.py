@@ -245,6 +245,13 @@ PATCHES: Final = (
         "bitcast=True), axis=1)",
     ),
     Patch(
+        "int8_hides_nan",
+        "the scale is that of the numbers beside a NaN",
+        _WRITE,
+        "tl.max(b_x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)",
+        "tl.max(tl.abs(b_x.to(tl.float32)), axis=1).to(tl.int32, bitcast=True)",
+    ),
+    Patch(
         "int8_token_scale",
         "all heads of a tile share one scale",
         _WRITE,
