@@ -1,0 +1,109 @@
+"""This module holds a run's results as one JSON file, whole at every moment, and what of an earlier run still counts.
+It does not know what is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["BAD", "FINAL", "Store", "source_hash"]
+
+FINAL: Final = ("passed", "failed", "measured")
+"""Outcomes that the same sources would have again; all others are tried again."""
+BAD: Final = ("failed", "crashed", "timed out")
+SAVE_EVERY_S: Final = 0.5
+"""A test may take a millisecond: writing the file after each would take longer than the tests."""
+
+
+def source_hash(root: Path, folders: Iterable[str]) -> str:
+    """Return a name for the sources as they are."""
+    found = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+        found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+class Store:
+    """`{"run": {...}, "sections": {section: {"status", "reason", "seconds", "cases": {case: {"status", ...}}}}}`.
+
+    Args:
+        path: the file.
+        run: what this run is; its `identity` decides whether an earlier run's results still count.
+        resume: whether to take over what the file has.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any], *, resume: bool = False) -> None:
+        self._path, self._lock, self._saved = path, threading.Lock(), 0.0
+        self.data: dict[str, Any] = {"run": run, "sections": {}}
+        if resume and path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            if earlier.get("run", {}).get("identity") == run["identity"]:
+                self.data["sections"] = {name: _what_counts(part) for name, part in earlier["sections"].items()}
+        self.save()
+
+    def cases(self, section: str) -> dict[str, dict[str, Any]]:
+        """Return a section's cases."""
+        found: dict[str, dict[str, Any]] = self._section(section)["cases"]
+        return found
+
+    def _section(self, section: str) -> dict[str, Any]:
+        blank = {"status": "not run", "reason": None, "seconds": 0.0, "cases": {}}
+        part: dict[str, Any] = self.data["sections"].setdefault(section, blank)
+        return part
+
+    def finished(self, section: str) -> list[str]:
+        """Return the cases that need not be run again."""
+        return [name for name, facts in self.cases(section).items() if facts["status"] in FINAL]
+
+    def add(self, section: str, case: str, facts: dict[str, Any]) -> None:
+        """Enter one case; the file has it at once, or within half a second where cases are many."""
+        with self._lock:
+            self.cases(section)[case] = facts
+            if facts["status"] != "passed" or time.monotonic() - self._saved > SAVE_EVERY_S:
+                self._write()
+
+    def is_done(self, section: str) -> bool:
+        """Whether an earlier run has finished a section, so that nothing is left of it."""
+        return bool(self._section(section)["status"] == "done")
+
+    def close(self, section: str, status: str, reason: str | None, seconds: float) -> None:
+        """Enter how a section ended; its time adds up over resumed runs."""
+        with self._lock:
+            part = self._section(section)
+            part |= {"status": status, "reason": reason, "seconds": round(part["seconds"] + seconds, 1)}
+            self._write()
+
+    def save(self) -> None:
+        """Write the file."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self._path)
+        self._saved = time.monotonic()
+
+    @property
+    def num_bad(self) -> int:
+        """How many cases of all sections went wrong."""
+        return sum(
+            facts["status"] in BAD for part in self.data["sections"].values() for facts in part["cases"].values()
+        )
+
+
+def _what_counts(part: dict[str, Any]) -> dict[str, Any]:
+    if part["status"] == "done" and not any(
+        facts["status"] in ("crashed", "timed out") for facts in part["cases"].values()
+    ):
+        return part
+    cases = {name: facts for name, facts in part["cases"].items() if facts["status"] in FINAL}
+    return part | {"status": "not run", "reason": None, "cases": cases}
