@@ -60,19 +60,19 @@ def config(
 ) -> DecodeConfig:
     """Choose how decode is launched; a row's bits do not depend on the choice.
 
-    Tiles of 16 and of 32 rows lay their scores out alike over the warps and so sum them in the same order; 64 rows
-    would not (another matrix instruction on sm_90), nor would a float32 product, which has no matrix instruction.
+    Tiles of 16 and of 32 rows lay their scores out alike over the warps, and so sum them in the same order, as long as
+    there are more keys than rows. 64 rows would not (another matrix instruction on sm_90), nor would a float32 product.
     """
     num_rows = max(group_size * max_query_len, 1)
-    wide = dtype == torch.float32
-    block_h = 16 if wide else min(max(next_power_of_2(num_rows), 16), 32)
+    exact, wide = dtype == torch.float32, head_dim > 128
+    block_h = 16 if exact or wide or num_rows <= 16 else 32
     num_tiles = cdiv(num_rows, block_h)
     # The most programs that spill no registers; each has one tile of keys and values on its way.
     elements = block_h * next_power_of_2(head_dim)
-    programs_per_sm = 2 if wide or draft or elements > 2048 else 3 if elements > 1024 else 4
+    programs_per_sm = 2 if exact or draft or elements > 2048 else 3 if elements > 1024 else 4
     return DecodeConfig(
         block_h,
-        block_n=64 if head_dim <= 128 else 32,
+        block_n=32 if wide else 64,
         num_tiles=num_tiles,
         num_programs=max(1, target.num_sms * programs_per_sm // (num_kv_heads * num_tiles)),
         max_registers=_MAX_REGISTERS[programs_per_sm],
