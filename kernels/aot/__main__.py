@@ -29,7 +29,9 @@ CACHE = default_cache()
 
 ModelOption = Annotated[str, typer.Option("--model", help=f"{', '.join(MODELS)}, or field=value,... of its sizes.")]
 TargetOption = Annotated[str, typer.Option("--target", help=f"Of {','.join(GPUS)}, several with commas.")]
-KernelOption = Annotated[str, typer.Option("--kernel", help="Only kernels whose name contains this.")]
+KernelOption = Annotated[
+    str, typer.Option("--kernel", help="Only kernels whose names contain this, or one of these with commas.")
+]
 BlockOption = Annotated[str, typer.Option("--block-size", help="Tokens per block, several with commas.")]
 CacheOption = Annotated[Path, typer.Option("--cache", help="Where compiled results are remembered.")]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes that compile.")]
@@ -56,7 +58,7 @@ def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: obj
         refuse(str(error))
     if missing := missing_ops():
         notes.print(f"no kernel yet: {', '.join(missing)}", style="yellow")
-    return [variant for variant in found if kernel in variant.launch.kernel]
+    return [variant for variant in found if any(part in variant.launch.kernel for part in kernel.split(","))]
 
 
 def compile_rows(model: str, variants: Sequence[Variant], cache: Path, workers: int) -> list[Row]:

@@ -68,11 +68,13 @@ def launched(model: Model, settings: Settings, num_steps: int, seed: int) -> dic
 
 def despecialized(model: Model, settings: Settings, known: set[Launch], num_steps: int, seed: int) -> dict[str, int]:
     found = {}
-    kernels = {(launch.module, launch.kernel) for launch in known}
-    for module, name in sorted(kernels):
+    given: dict[tuple[str, str], set[str]] = {}  # kernel -> its arguments that are not left out everywhere
+    for launch in known:
+        given.setdefault((launch.module, launch.kernel), set()).update(launch.signature)
+    for (module, name), names in sorted(given.items()):
         kernel: Any = getattr(importlib.import_module(module), name)
         for parameter in kernel.params:
-            if parameter.do_not_specialize:
+            if parameter.do_not_specialize and parameter.name in names:
                 parameter.do_not_specialize = False
                 kernel.device_caches.clear()
                 found[f"{name}.{parameter.name}"] = len(launched(model, settings, num_steps, seed).keys() - known)
