@@ -14,7 +14,6 @@ its sums are exact in any order. Each term may differ from the reference's by wh
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
@@ -276,11 +275,14 @@ def _scan(
     return best, scores
 
 
-def _side_by_side(params: SampleParams) -> SampleParams:
+def _side_by_side(params: SampleParams, num_rows: int) -> SampleParams:
     """Return the parameters with every per-row tensor contiguous."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "choice", "position")
-    given: dict[str, Any] = {name: getattr(params, name) for name in names}
-    return replace(params, **{name: x.contiguous() for name, x in given.items() if x is not None})
+    per_row: dict[str, Tensor] = {}
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "choice", "position"):
+        if (x := getattr(params, name)) is not None:
+            check_shape(name, x, (num_rows,))
+            per_row[name] = x.contiguous()
+    return replace(params, **per_row)  # type: ignore[arg-type]
 
 
 def sample(logits: Tensor, params: SampleParams, *, out: SampleOutput | None = None) -> SampleOutput:
@@ -288,15 +290,16 @@ def sample(logits: Tensor, params: SampleParams, *, out: SampleOutput | None = N
     x = check_logits(logits)
     num_rows, vocab_size = x.shape
     num_ids = vocab_size if params.num_valid_ids is None else min(params.num_valid_ids, vocab_size)
-    params = _side_by_side(params)
-    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "choice", "position"):
-        if (per_row := getattr(params, name)) is not None:
-            check_shape(name, per_row, (num_rows,))
+    params = _side_by_side(params, num_rows)
     if out is None:
         out = SampleOutput(
             torch.empty(num_rows, dtype=torch.int64, device=x.device),
             torch.empty(num_rows, dtype=torch.bool, device=x.device),
         )
+    for name, result, dtype in (("out.token_ids", out.token_ids, torch.int64), ("out.failed", out.failed, torch.bool)):
+        check_shape(name, result, (num_rows,))
+        if result.dtype != dtype or not result.is_contiguous():
+            raise ValueError(f"{name} is {result.dtype} with strides {result.stride()}; expected contiguous {dtype}")
     if num_rows == 0:
         return out
     before = None
