@@ -208,11 +208,11 @@ PATCHES: tuple[Patch, ...] = (
         "o_head = i_kv_head + o_group * NUM_KV_HEADS",
     ),
     Patch(
-        "idle_rows_stored",
-        "rows that no head of the group fills are stored over the next item's",
+        "last_token_of_a_tile_lost",
+        "of a tile with idle rows, the last token is idle too",
         _PREFILL,
         "m_row &= o_m < BLOCK_Q * HEADS",
-        "m_row &= o_m < BLOCK_M",
+        "m_row &= o_m < BLOCK_Q * HEADS - HEADS",
     ),
     Patch(
         "padding_written",
