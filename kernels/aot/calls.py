@@ -7,7 +7,7 @@ view's offset) and hold nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,16 +81,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def engine_calls(model: Model, settings: Settings) -> Iterator[Call]:
-    """Yield every kind of call that an engine makes, at every size that may make a difference.
+def engine_calls(model: Model, settings: Sequence[Settings]) -> Iterator[Call]:
+    """Yield every kind of call that engines of these settings make, at every size that may make a difference.
 
     Ops without a kernel are left out.
     """
+    limits = dict.fromkeys((one.max_num_batched_tokens, one.max_num_seqs) for one in settings)
     for call in itertools.chain(
-        _token_calls(model, settings),
-        _prefill_calls(model, settings),
-        _decode_calls(model, settings),
-        _sampling_calls(model, settings),
+        *(_model_calls(model, *limit) for limit in limits), *(_cache_calls(model, one) for one in settings)
     ):
         if "triton" in OPS[call.op]:
             yield call
@@ -232,13 +230,21 @@ def _cache_label(settings: Settings) -> str:
     return f"block {settings.block_size}{cache}{' invariant' if settings.invariant else ''}"
 
 
-def _token_calls(model: Model, settings: Settings) -> Iterator[Call]:
-    for num_tokens in sizes(settings.max_num_batched_tokens):
+def _model_calls(model: Model, max_num_batched_tokens: int, max_num_seqs: int) -> Iterator[Call]:
+    """Yield what does not depend on the cache."""
+    for num_tokens in sizes(max_num_batched_tokens):
         yield norm_call(model, num_tokens, residual=False)
         yield norm_call(model, num_tokens, residual=True)
         yield activation_call(model, num_tokens)
+    yield from _sampling_calls(model, max_num_seqs)
+
+
+def _cache_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    for num_tokens in sizes(settings.max_num_batched_tokens):
         yield write_call(model, settings, num_tokens)
         yield copy_call(model, settings, num_tokens)
+    yield from _prefill_calls(model, settings)
+    yield from _decode_calls(model, settings)
 
 
 def _widths(settings: Settings) -> list[int]:
@@ -316,12 +322,12 @@ def _subsets(names: tuple[str, ...]) -> Iterator[frozenset[str]]:
         yield from (frozenset(chosen) for chosen in itertools.combinations(names, size))
 
 
-def _sampling_calls(model: Model, settings: Settings) -> Iterator[Call]:
+def _sampling_calls(model: Model, max_num_seqs: int) -> Iterator[Call]:
     drawn = [frozenset[str]()] + [filters | {"temperature"} for filters in _subsets(FILTERS)]
     for features in (base | entries for entries in _subsets(ENTRIES) for base in drawn):
-        for num_seqs in _few(settings.max_num_seqs)[:2]:
+        for num_seqs in _few(max_num_seqs)[:2]:
             yield sample_call(model, num_seqs, features)
-    for num_seqs in sizes(settings.max_num_seqs):
+    for num_seqs in sizes(max_num_seqs):
         yield sample_call(model, num_seqs, drawn[-1])
         for num_top in (0, 1, 5, 20):
             yield logprobs_call(model, num_seqs, num_top)

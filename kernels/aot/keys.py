@@ -34,7 +34,7 @@ def list_variants(model: Model, settings: Sequence[Settings], target: str) -> li
     found: list[Variant] = []
     names: dict[tuple[str, str], int] = {}
     with recording(GPUS[target]) as seen:
-        for call in (call for one in settings for call in engine_calls(model, one)):
+        for call in engine_calls(model, settings):
             call.run()
             for launch in list(seen)[len(found) :]:
                 count = names[launch.kernel, call.label] = names.get((launch.kernel, call.label), 0) + 1
