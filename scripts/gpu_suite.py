@@ -41,6 +41,7 @@ ENGINE: Final = "tests/equivalence/test_triton.py"
 TESTS_PER_PROCESS: Final = 60
 RESERVE_S: Final = 8.0
 """Kept back for the last files; a section is not begun with less than twice of it."""
+REPORTED_ARCHS: Final = (100, 90, 80)
 SANITIZER: Final = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 
@@ -83,13 +84,15 @@ def python(*arguments: str) -> list[str]:
 def pytest(context: Context, path: str, *options: str) -> list[str]:
     """Return the command that runs the tests of one path. A warning is none of ours on another machine's versions."""
     tier = "test" if context.args.quick else "all"
-    return python("pytest", path, f"--tier={tier}", "-q", "-p", "gpu.pytest_lines", "-W", "default", *options)
+    plugins = ("-p", "gpu.pytest_lines", "-p", "no:cacheprovider")
+    return python("pytest", path, f"--tier={tier}", "-q", *plugins, "-W", "default", *options)
 
 
 def static(context: Context) -> list[Job]:
-    """What the kernels compile to for this machine; without a GPU for sm_90."""
+    """What the kernels compile to for this machine, or the nearest that the report knows; without a GPU for sm_90."""
     path = context.folder / "static.json"
-    argv = python("octavo.kernels.aot", "report", "--target", f"sm_{context.arch}", "--json", str(path))
+    arch = next((arch for arch in REPORTED_ARCHS if arch <= context.arch), REPORTED_ARCHS[-1])
+    argv = python("octavo.kernels.aot", "report", "--target", f"sm_{arch}", "--json", str(path))
     argv += ["--workers", str(context.num_workers)] + (["--kernel", context.args.kernel] if context.args.kernel else [])
     argv += ["--block-size", "64"] if context.level == "quick" else []
 
@@ -121,7 +124,7 @@ def tests(context: Context) -> list[Job]:
     counts = dict.fromkeys([name for name in names if name != INVARIANCE], 0)
     listed = context.folder / "collected"
     argv = pytest(context, "tests/kernels", "--collect-only", "--continue-on-collection-errors", "--lines", str(listed))
-    subprocess.run(argv, capture_output=True, timeout=300, check=False)
+    subprocess.run(argv, capture_output=True, timeout=max(1.0, context.deadline - time.monotonic()), check=False)
     for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ():
         for test in json.loads(line).get("plan", ()):
             name = test.partition("::")[0]

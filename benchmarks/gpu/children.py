@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from .lines import POISONED
+from .lines import POISONED, missing_package
 
 __all__ = ["Job", "Report", "run_job"]
 
@@ -31,7 +30,6 @@ STARTUP_S: Final = 60.0
 MAX_OUTPUT: Final = 4000
 HARMLESS: Final = (0, 1, 5, POISONED)
 """Exit statuses of a process that has told all: well, a test failed, no test was chosen, its last case failed."""
-_MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +131,9 @@ class _Attempt:
 
     def end_case(self, case: str, status: str, reason: str) -> None:
         """Report a case that could not tell its own end."""
-        missing = _MISSING.search(self.output)
+        missing = missing_package(self.output)
         if missing and status == "crashed":
-            self._report(case, {"status": "not run", "reason": f"needs the package {missing[1]}"})
+            self._report(case, {"status": "not run", "reason": f"needs the package {missing}"})
         else:
             self._report(case, {"status": status, "reason": reason, "output": self.output})
         self._skip.add(case)

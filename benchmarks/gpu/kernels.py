@@ -9,6 +9,7 @@ A case is timed only after it was compared with the reference on the same inputs
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ __all__ = ["measure", "our_calls"]
 
 HEADROOM_BYTES = 3 << 30
 """For the flush buffer, scratch and what the comparison gathers."""
-SMALL_S = 200e-6
+SMALL_S = 500e-6
 """Runs below this are also timed as a CUDA graph's replay: beside them the host's launching counts."""
 
 Call = Callable[[], object]
@@ -46,10 +47,15 @@ def our_calls(bench: Bench, inputs: dict[str, Any]) -> dict[str, Call]:
     arguments = plan_arguments(bench)
     out = torch.full_like(inputs["q"], float("nan"))
     plan = plan_paged_attention(**steps, **arguments)
-    if arguments["op"] == "prefill":
-        return {"octavo": partial(op, **inputs, worklist=plan, out=out)}
-    calls: dict[str, Call] = {"octavo": partial(op, **inputs, plan=plan, out=out)}
-    if max(seq_len for _, seq_len in bench.case["seqs"]) > octavo.kernels.attention.SPLIT_TOKENS:
+    planned = {"worklist" if arguments["op"] == "prefill" else "plan": plan}
+    calls: dict[str, Call] = {
+        "octavo": partial(op, **inputs, **planned, out=out),
+        "octavo, planning in the call": partial(op, **inputs, out=out),
+    }
+    if (
+        arguments["op"] == "decode"
+        and max(seq_len for _, seq_len in bench.case["seqs"]) > octavo.kernels.attention.SPLIT_TOKENS
+    ):
         from octavo.kernels.attention.plan_triton import plan_decode
 
         known = ("max_query_len", "num_q_heads", "head_dim", "block_size", "max_splits")
@@ -113,6 +119,7 @@ def measure(
 
 def run_case(bench: Bench, clock: CudaClock, args: argparse.Namespace, ceilings: Mapping[str, float]) -> dict[str, Any]:
     """Measure one case on the GPU if it fits."""
+    gc.collect()
     torch.cuda.empty_cache()
     free, needed = torch.cuda.mem_get_info()[0], input_bytes(bench) + HEADROOM_BYTES
     if needed > free:

@@ -6,16 +6,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["POISONED", "Lines", "NotRunError"]
+__all__ = ["POISONED", "Lines", "NotRunError", "missing_package"]
 
 POISONED = 70
 """Exit status of a process whose CUDA context an error has broken: the cases left want a fresh one."""
+
+
+_MISSING = re.compile(r"ModuleNotFoundError: No module named '(?!octavo|tests|gpu)([\w.]+)'")
+
+
+def missing_package(text: str) -> str | None:
+    """Return the package for want of which something could not run, from what it printed."""
+    found = _MISSING.search(text)
+    return found[1] if found else None
 
 
 class NotRunError(Exception):
@@ -61,7 +71,10 @@ class Lines:
                 facts = {"status": "not run", "reason": str(error)}
             except AssertionError as error:
                 facts = {"status": "failed", "reason": str(error) or traceback.format_exc(limit=-3)}
-            except Exception:
+            except Exception as error:
+                if type(error).__name__ == "OutOfMemoryError":  # torch's; without importing it here
+                    self.write(case=name, status="not run", reason=f"out of GPU memory: {error}")
+                    continue
                 facts = {"status": "failed", "reason": traceback.format_exc(limit=-6)}
             self.write(case=name, **facts)
             if facts["status"] == "failed" and is_poisoned():

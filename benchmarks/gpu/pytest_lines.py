@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .lines import Lines
+from .lines import Lines, missing_package
 
 CPU_BACKENDS = ("torch",)
 """Tests on these say nothing about a GPU."""
@@ -36,7 +36,10 @@ class Teller:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         facts = self._found[report.nodeid]
         facts["seconds"] = round(facts["seconds"] + report.duration, 3)
-        if report.failed and facts["status"] != "failed":
+        missing = missing_package(report.longreprtext) if report.failed else None
+        if missing:
+            facts |= {"status": "not run", "reason": f"needs the package {missing}"}
+        elif report.failed and facts["status"] != "failed":
             facts |= {"status": "failed", "reason": report.longreprtext[-MAX_REASON:]}
         elif report.skipped:
             where = report.longrepr

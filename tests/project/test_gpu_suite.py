@@ -155,6 +155,7 @@ def test_tests_tell_of_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "def test_a(): pass\n"
         "def test_b(): assert 0, 'planted'\n"
         "def test_c(): os._exit(4)\n"
+        "def test_e(): import not_there_at_all\n"
         "@pytest.mark.parametrize('backend', ['torch', 'triton'])\n"
         "def test_d(backend): pytest.skip('not now')\n"
     )
@@ -172,9 +173,10 @@ def test_tests_tell_of_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     found, _ = follow(children.Job("tests", [*argv, "--rootdir", str(tmp_path)], case_timeout_s=30))
     outcomes = {name.partition("::")[2]: facts["status"] for name, facts in found.items()}
-    assert outcomes == {"test_a": "passed", "test_b": "failed", "test_c": "crashed", "test_d[triton]": "not run"}
+    skipped = {"test_d[triton]": "not run", "test_e": "not run"}
+    assert outcomes == {"test_a": "passed", "test_b": "failed", "test_c": "crashed"} | skipped
     assert "planted" in found["test_it.py::test_b"]["reason"]
-    found, _ = follow(children.Job("tests", [*argv, "--rootdir", str(tmp_path), "--shard", "1/4"], case_timeout_s=30))
+    found, _ = follow(children.Job("tests", [*argv, "--rootdir", str(tmp_path), "--shard", "1/5"], case_timeout_s=30))
     assert list(found) == ["test_it.py::test_a"]
 
 
@@ -282,21 +284,33 @@ def test_every_section_names_what_is_there(suite: ModuleType, tmp_path: Path, mo
     assert not any("aot" in path for path in paths)
 
 
-def test_a_run_without_a_gpu(tmp_path: Path) -> None:
+def run_here(folder: Path, *options: str) -> dict[str, Any]:
+    """Run the script on this machine."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    argv = [sys.executable, str(SUITE), "--out", str(tmp_path), "--quick", "--kernel", "_list_work"]
+    argv = [sys.executable, str(SUITE), "--out", str(folder), *options]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("no NVIDIA GPU is visible")
-    found = read(tmp_path)
+    assert "</html>" in (folder / "suite.html").read_text()
+    found = read(folder)
     assert found["run"]["machine"]["gpu"] is None
+    return found
+
+
+def test_a_run_without_a_gpu(tmp_path: Path) -> None:
+    found = run_here(tmp_path, "--skip", "static")["sections"]
+    assert {part["status"] for part in found.values()} == {"not run"}
+    assert [part["reason"] for part in found.values()] == ["not asked for", *["no GPU"] * (len(found) - 1)]
+
+
+@pytest.mark.full
+def test_the_static_part(tmp_path: Path) -> None:
+    found = run_here(tmp_path, "--quick", "--kernel", "_list_work")
     assert found["sections"]["static"]["status"] == "done", found["sections"]["static"]
     rows = [facts for facts in found["sections"]["static"]["cases"].values() if facts["status"] == "measured"]
     assert rows
     assert all(row["kernel"] == "_list_work" and row["target"] == "sm_90" and row["spills"] == 0 for row in rows)
-    assert {part["reason"] for name, part in found["sections"].items() if name != "static"} == {"no GPU"}
-    assert "</html>" in (tmp_path / "suite.html").read_text()
 
 
 # Measuring
