@@ -13,7 +13,7 @@ BFLOAT16, FLOAT16, FLOAT64 = torch.bfloat16, torch.float16, torch.float64
 
 PREFILL = [
     Shape(((1, 1), (2, 2), (17, 17), (0, 9), (17, 17), (3, 33))),
-    Shape(((16, 16), (15, 31), (33, 48)), num_kv_heads=3, group_size=3, window=16),
+    Shape(((16, 16), (15, 31), (33, 48)), num_kv_heads=2, group_size=3, window=16),
     Shape(((5, 40), (40, 40)), num_kv_heads=1, group_size=7, head_dim=80, block_size=5, dtype=BFLOAT16, window=7),
     Shape(((5, 40), (40, 70)), num_kv_heads=1, group_size=7, head_dim=80, block_size=32, dtype=BFLOAT16, window=7),
     Shape(((129, 130), (2, 65)), num_kv_heads=1, group_size=2, block_size=64, dtype=FLOAT16),
@@ -31,9 +31,9 @@ DECODE = [
 # Between them: query lengths 1, 2, 3, 17 and on both sides of a tile's rows; lengths on both sides of blocks, tiles and
 # splits; every group size and head_dim that a kernel treats differently; every block size.
 PREFILL_FULL = [
-    Shape(((1, 1025), (130, 1025))),
-    Shape(((128, 256), (127, 127), (129, 129)), num_kv_heads=1, group_size=8, head_dim=128, block_size=32),
-    Shape(((256, 300),), head_dim=256, block_size=128, dtype=BFLOAT16, window=100),
+    Shape(((1, 1025), (65, 1025)), num_kv_heads=1),
+    Shape(((16, 256), (15, 127), (33, 129)), num_kv_heads=1, group_size=8, head_dim=128, block_size=32),
+    Shape(((33, 300), (31, 130)), head_dim=256, block_size=128, dtype=BFLOAT16, window=100),
     Shape(((1, 1), (2, 2), (3, 63), (17, 64), (1, 65), (127, 128)), group_size=1, dtype=FLOAT16),
     Shape(((31, 129), (32, 127), (33, 128), (1, 15)), group_size=4, head_dim=128, block_size=64, dtype=BFLOAT16),
     Shape(((64, 64), (65, 511)), num_kv_heads=1, group_size=2, head_dim=96, block_size=32, window=65),
