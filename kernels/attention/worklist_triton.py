@@ -53,7 +53,7 @@ def _num_longer(first, end, length, ITEM_TOKENS: tl.constexpr):
     The arguments are broadcast against each other. Item i sees min(first + (i + 1) · ITEM_TOKENS, end) keys.
     """
     num_items = (end - first + ITEM_TOKENS - 1) // ITEM_TOKENS
-    shorter = tl.minimum(tl.maximum(length - first, 0) // ITEM_TOKENS, num_items - 1)
+    shorter = tl.maximum(length - first, 0) // ITEM_TOKENS
     return tl.where((num_items > 0) & (end > length), num_items - shorter, 0)
 
 

@@ -328,17 +328,10 @@ PATCHES: tuple[Patch, ...] = (
         "o_length[:, None] + (o_other < 0)[None, :].to(tl.int32)",
     ),
     Patch(
-        "empty_sequences_counted",
-        "a sequence without query tokens takes places of the list",
+        "last_item_not_listed",
+        "the last, shorter item of a sequence is not listed",
         _LIST,
-        "tl.where((num_items > 0) & (end > length), num_items - shorter, 0)",
-        "tl.where(end > length, num_items - shorter + (num_items == 0).to(tl.int32), 0)",
-    ),
-    Patch(
-        "last_item_not_counted",
-        "the last, shorter item of a sequence is ranked as if whole",
-        _LIST,
-        "tl.minimum(tl.maximum(length - first, 0) // ITEM_TOKENS, num_items - 1)",
-        "tl.maximum(length - first, 0) // ITEM_TOKENS",
+        "num_items = (query_len + ITEM_TOKENS - 1) // ITEM_TOKENS",
+        "num_items = query_len // ITEM_TOKENS",
     ),
 )
