@@ -137,7 +137,7 @@ def caches(model: Model, settings: Settings) -> tuple[Tensor, Tensor, dict[str, 
     )
 
 
-def write_call(model: Model, settings: Settings, num_tokens: int, *, planned: bool = True) -> Call:
+def write_call(model: Model, settings: Settings, num_tokens: int) -> Call:
     """Return the rotation and the cache write of a layer."""
 
     def run() -> None:
@@ -146,17 +146,15 @@ def write_call(model: Model, settings: Settings, num_tokens: int, *, planned: bo
         slots, positions = (empty(num_tokens, dtype=torch.int64) for _ in range(2))
         table = empty(settings.max_model_len, model.head_dim, dtype=torch.float32) if model.rotary else None
         weight = empty(model.head_dim, dtype=q.dtype) if model.head_norm else None
-        plan = None
-        if planned:
-            plan = plan_write_kv(
-                slots,
-                positions=positions,
-                cos_sin=table,
-                rope_style="neox",
-                block_size=settings.block_size,
-                num_kv_heads=model.num_kv_heads,
-                dtype=q.dtype,
-            )
+        plan = plan_write_kv(
+            slots,
+            positions=positions,
+            cos_sin=table,
+            rope_style="neox",
+            block_size=settings.block_size,
+            num_kv_heads=model.num_kv_heads,
+            dtype=q.dtype,
+        )
         write_kv(
             q, k, v, k_cache, v_cache, slots, positions=positions, cos_sin=table, q_norm=weight, k_norm=weight,
             plan=plan, **scales,
@@ -182,7 +180,6 @@ def attention_call(
     max_query_len: int,
     max_blocks_per_seq: int,
     start: int = 0,
-    planned: bool = True,
     label: str = "",
 ) -> Call:
     """Return the attention of a layer, its rows behind `start` others of the step."""
@@ -192,22 +189,20 @@ def attention_call(
         out = empty(start + num_tokens, model.num_q_heads, model.head_dim, dtype=q.dtype)
         k_cache, v_cache, scales = caches(model, settings)
         cu_seqlens_q, seq_lens, block_table = empty(num_seqs + 1), empty(num_seqs), empty(num_seqs, max_blocks_per_seq)
-        plan = None
-        if planned:
-            plan = plan_paged_attention(
-                cu_seqlens_q,
-                seq_lens,
-                block_table,
-                op=op,
-                num_tokens=num_tokens,
-                max_query_len=max_query_len,
-                num_q_heads=model.num_q_heads,
-                num_kv_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-                block_size=settings.block_size,
-                max_splits=num_seqs * -(-max_blocks_per_seq * settings.block_size // SPLIT_TOKENS),
-                invariant=settings.invariant,
-            )
+        plan = plan_paged_attention(
+            cu_seqlens_q,
+            seq_lens,
+            block_table,
+            op=op,
+            num_tokens=num_tokens,
+            max_query_len=max_query_len,
+            num_q_heads=model.num_q_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            block_size=settings.block_size,
+            max_splits=num_seqs * -(-max_blocks_per_seq * settings.block_size // SPLIT_TOKENS),
+            invariant=settings.invariant,
+        )
         arguments: dict[str, Any] = dict(
             cu_seqlens_q=cu_seqlens_q,
             seq_lens=seq_lens,
