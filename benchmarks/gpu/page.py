@@ -20,7 +20,7 @@ Cases = Mapping[str, Mapping[str, Any]]
 TESTS: Final = ("tests", "invariance", "engine")
 COLOURS: Final = {"decode": "#4269d0", "prefill": "#ff725c"}
 OTHER_COLOUR: Final = "#3ca951"
-WIDTH, HEIGHT, MARGIN = 640, 400, 48
+WIDTH, HEIGHT, MARGIN = 640, 400, 60
 
 STYLE: Final = """
   :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee4; --back: #fff; --card: #f6f8fa;
@@ -38,9 +38,11 @@ STYLE: Final = """
   .bad { color: var(--bad); font-weight: 700; } svg { max-width: 100%; height: auto; display: block; }
   svg text { fill: var(--soft); font-size: 11px; } svg .axis { stroke: var(--line); } svg .roof { stroke: var(--ink);
     stroke-width: 1.5; fill: none; }
-  .bars { display: grid; grid-template-columns: minmax(8rem, 14rem) 1fr 7rem; gap: .15rem .6rem; font-size: .85rem;
+  .bars { display: grid; grid-template-columns: minmax(8rem, 14rem) 6rem 1fr; gap: .15rem .6rem; font-size: .85rem;
     align-items: center; } .bars i { display: block; height: .7rem; background: var(--bar); border-radius: 2px; }
   .bars i.ours { background: var(--ours); }
+  @media (max-width: 40rem) { .bars { grid-template-columns: 1fr 6rem; } .bars i { grid-column: 1 / -1; }
+    svg text { font-size: 19px; } }
   details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .4rem .8rem;
     margin: .4rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
@@ -158,7 +160,8 @@ def roofline_svg(data: Data) -> str:
 
 def bars(data: Data) -> str:
     """Return, per case, how long ours and others took, as bars of one scale per case."""
-    parts = []
+    parts: list[str] = []
+    missing: dict[str, str] = {}
     for name, facts in _measured(data):
         ways = {"octavo": facts, **facts.get("beside", {})}
         timed = {way: one["us"] for way, one in ways.items() if "us" in one}
@@ -168,14 +171,16 @@ def bars(data: Data) -> str:
         parts.append('<div class="bars">')
         for way, us in timed.items():
             ours = ' class="ours"' if way.startswith("octavo") else ""
-            parts.append(f"<span>{escape(way)}</span><i{ours} style='width:{100 * us / longest:.1f}%'></i>")
-            parts.append(f'<span class="n">{us:.1f} µs</span>')
+            parts.append(f'<span>{escape(way)}</span><span class="n">{us:.1f} µs</span>')
+            parts.append(f"<i{ours} style='width:{100 * us / longest:.1f}%'></i>")
         parts.append("</div>")
-        missing = {way: one["reason"] for way, one in ways.items() if "us" not in one and "reason" in one}
-        if missing:
-            text = "; ".join(f"{way}: {reason.strip().splitlines()[-1]}" for way, reason in missing.items())
-            parts.append(_text("p", f"Not timed: {text}"))
-    return "".join(parts) or "<p>Nothing was timed.</p>"
+        untimed = {way: one["reason"] for way, one in ways.items() if "us" not in one and "reason" in one}
+        missing |= {way: reason for way, reason in untimed.items() if reason.startswith("not here")}
+        said = {way: reason.strip().splitlines()[-1] for way, reason in untimed.items() if way not in missing}
+        if said:
+            parts.append(_text("p", "Not timed: " + "; ".join(f"{way}: {reason}" for way, reason in said.items())))
+    about = "; ".join(f"{way} is {reason}" for way, reason in missing.items())
+    return (_text("p", about) if about else "") + "".join(parts) or "<p>Nothing was timed.</p>"
 
 
 def _bits(cases: Cases) -> str:

@@ -440,7 +440,7 @@ def test_the_page_shows_what_was_found(tmp_path: Path) -> None:
     assert found.count("<svg") == 1
     assert "decode/64x4096: 10 TFLOP/s at 100 FLOP/byte" in found
     assert "width:50.0%" in found
-    assert "Not timed: vLLM Triton: not here: x" in found
+    assert "vLLM Triton is not here: x" in found
     assert "test_&lt;x&gt;" in found
     assert "1 &lt; 2" in found
     assert "http" not in found
