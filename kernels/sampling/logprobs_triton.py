@@ -16,7 +16,18 @@ from torch import Tensor
 from ..common.checks import check_shape
 from ..common.launch import next_power_of_2
 from .params import LogprobOutput
-from .rank_triton import LOG2E, LOWEST, check_logits, config, kth_rank, load_logits, rank, ranked_value
+from .rank_triton import (
+    LOG2E,
+    LOWEST,
+    best_rank,
+    check_logits,
+    config,
+    is_bad,
+    kth_rank,
+    load_logits,
+    rank,
+    ranked_value,
+)
 
 __all__ = ["log_softmax_top"]
 
@@ -41,9 +52,9 @@ def _sum_kernel(
     p_row = p_logits + i_row * STRIDE
     o_id = i_chunk * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     b_x = load_logits(p_row, o_id, i_chunk * BLOCK, NUM_IDS, BLOCK)  # [BLOCK]
-    best = tl.max(rank(b_x, o_id), 0)
+    best = best_rank(b_x, o_id)
     top = ranked_value(best)
-    # A chunk of -inf alone has no mass; -inf less -inf would be NaN.
+    # A chunk of -inf alone has no mass: -inf less -inf would be NaN, which is no integer.
     b_exp = tl.where(b_x == float("-inf"), 0.0, tl.math.exp2((b_x - top) * LOG2E))
     o_part = i_row * NUM_CHUNKS + i_chunk
     tl.store(p_best + o_part, best)
@@ -80,8 +91,9 @@ def _top_kernel(
     o_part = i_row * NUM_CHUNKS + o_chunk
     b_best = tl.load(p_best + o_part, mask=m_chunk, other=LOWEST)  # [BLOCK_CHUNKS]
     b_mass = tl.load(p_mass + o_part, mask=m_chunk, other=0)  # [BLOCK_CHUNKS]
-    top = ranked_value(tl.max(b_best, 0))
-    b_scale = tl.where(b_mass > 0, tl.math.exp2((ranked_value(b_best) - top) * LOG2E), 0.0)
+    best = tl.max(b_best, 0)
+    top = tl.where(is_bad(best), float("nan"), ranked_value(best))
+    b_scale = tl.where(m_chunk, tl.math.exp2((ranked_value(b_best) - top) * LOG2E), 0.0)
     tl.store(p_top + i_row, top)
     tl.store(p_total + i_row, tl.sum(b_mass.to(tl.float64) * b_scale.to(tl.float64), 0) * 2.0**-50)
     if num_top > 0:

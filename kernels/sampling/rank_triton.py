@@ -18,8 +18,8 @@ from torch import Tensor
 from ..common.checks import check_kernel_float
 from ..common.launch import cdiv, next_power_of_2
 
-__all__ = ["LOG2E", "LOWEST", "Config", "check_logits", "config", "is_bad", "kth_rank", "load_logits", "race", "rank"]
-__all__ += ["ranked_id", "ranked_value", "row_key", "uniform"]
+__all__ = ["LOG2E", "LOWEST", "Config", "best_rank", "check_logits", "config", "is_bad", "kth_rank", "load_logits"]
+__all__ += ["race", "rank", "ranked_id", "ranked_value", "row_key", "uniform"]
 
 MAX_BLOCK = 4096
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,7 +28,6 @@ LOWEST = tl.constexpr(-(1 << 63))
 
 _ID_BITS = tl.constexpr(31)
 _MAX_ID = tl.constexpr((1 << 31) - 1)
-_NAN = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)
 # The lowest digit, of eight bits, in which the keys of two logits of a dtype can differ.
 _LAST_SHIFT = {torch.float32: 0, torch.float16: 8, torch.bfloat16: 16}
@@ -68,19 +67,20 @@ def check_logits(logits: Tensor) -> Tensor:
 
 @triton.jit
 def load_logits(p_row, o_id, i_start, NUM_IDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return a row's logits at ids i_start .. i_start + BLOCK - 1 in float32, -inf from NUM_IDS on."""
+    """Return a row's logits at ids i_start .. i_start + BLOCK - 1 in float32, -inf from NUM_IDS on, +inf for NaN."""
     if i_start + BLOCK <= NUM_IDS:  # a mask that ends anywhere would split the vectors of every tile
         b_x = tl.load(p_row + o_id)
     else:
         b_x = tl.load(p_row + o_id, mask=o_id < NUM_IDS, other=float("-inf"))
-    return b_x.to(tl.float32)
+    b_x = b_x.to(tl.float32)
+    return tl.where(b_x < float("inf"), b_x, float("inf"))
 
 
 @triton.jit
 def _order(b_x):
-    """Return int32 that compare as float32 do: both zeros are equal, every NaN is above +inf."""
+    """Return int32 that compare as float32 without NaN do: both zeros are equal."""
     b_bits = (b_x + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is +0
-    return tl.where(b_x == b_x, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), _NAN)
+    return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -103,8 +103,15 @@ def ranked_value(b_rank):
 
 
 @triton.jit
+def best_rank(b_x, o_id):
+    """Return the highest rank of a tile without making each: the largest value, then the lowest id that has it."""
+    top = tl.max(b_x, 0)
+    return rank(top, tl.min(tl.where(b_x == top, o_id, _MAX_ID), 0))
+
+
+@triton.jit
 def is_bad(b_rank):
-    """Whether the value in a rank is +inf or NaN."""
+    """Whether the value in a rank is +inf, as which NaN is loaded."""
     return (b_rank >> _ID_BITS) >= _INFINITY
 
 

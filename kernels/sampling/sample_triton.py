@@ -29,6 +29,7 @@ from .rank_triton import (
     LOG2E,
     LOWEST,
     Config,
+    best_rank,
     check_logits,
     config,
     is_bad,
@@ -76,7 +77,7 @@ def _scan_kernel(
     i_row, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_id = i_chunk * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     b_x = load_logits(p_logits + i_row * STRIDE, o_id, i_chunk * BLOCK, NUM_IDS, BLOCK)  # [BLOCK]
-    best = tl.max(rank(b_x, o_id), 0)
+    best = best_rank(b_x, o_id)
     tl.store(p_best + i_row * NUM_CHUNKS + i_chunk, best)
     if p_copy is not None:
         tl.store(p_copy + i_row * COPY_STRIDE + o_id, b_x, mask=o_id < COPY_STRIDE)
@@ -88,7 +89,7 @@ def _scan_kernel(
             # The row's maximum is not known yet; what is missing is one factor for the whole chunk.
             b_z = (b_x - ranked_value(best)) * _inverse(temperature)  # [BLOCK]
             b_score = tl.where(b_x == float("-inf"), 0.0, race(b_z, key0, key1, o_id))
-            tl.store(p_scores + i_row * NUM_CHUNKS + i_chunk, tl.max(rank(b_score, o_id), 0))
+            tl.store(p_scores + i_row * NUM_CHUNKS + i_chunk, best_rank(b_score, o_id))
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def _mass_before(p_row, candidate, top, inverse, bound, log_min_p, NUM_IDS: tl.c
 def _best_before(
     p_row, candidate, top, inverse, bound, log_min_p, key0, key1, NUM_IDS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Return the best score among the kept tokens that rank before the candidate, as a rank; LOWEST: there are none."""
+    """Return the best score of the kept tokens that rank before the candidate, as a rank; below 0: there are none."""
     best = tl.zeros((), tl.int64) + LOWEST
     for i_start in range(0, NUM_IDS, BLOCK):
         o_id = i_start + tl.arange(0, BLOCK)  # [BLOCK]
@@ -126,8 +127,8 @@ def _best_before(
         b_rank = rank(b_x, o_id)
         b_z = (b_x - top) * inverse
         m_before = (b_rank > candidate) & (b_rank >= bound) & (b_z >= log_min_p)
-        b_score = rank(race(b_z, key0, key1, o_id), o_id)
-        best = tl.maximum(best, tl.max(tl.where(m_before, b_score, LOWEST), 0))
+        b_score = tl.where(m_before, race(b_z, key0, key1, o_id), float("-inf"))
+        best = tl.maximum(best, best_rank(b_score, o_id))
     return best
 
 
@@ -165,7 +166,7 @@ def _draw_kept(
             is_inside = before.to(tl.float64) < top_p * total.to(tl.float64)
         if is_inside == 0:
             best = _best_before(p_row, candidate, top, inverse, bound, log_min_p, key0, key1, NUM_IDS, BLOCK)
-            is_inside = best == LOWEST
+            is_inside = ranked_value(best) < 0.0
             i_candidate = tl.where(is_inside, i_candidate, ranked_id(best))
             candidate = rank(tl.load(p_row + i_candidate).to(tl.float32), i_candidate)
             is_kept = candidate >= bound  # by construction

@@ -103,7 +103,7 @@ def check_changed_logits(seed: int) -> None:
                 bias={few[3]: 4.0, few[9]: -3.0, few[12]: 2.5} if at % 5 == 0 else {},
                 repetition=(1.0, 1.8, 0.6)[at % 3],
                 presence=1.5 * (at % 7 == 0),
-                frequency=0.4 * (at % 2),
+                frequency=(0.4, 0.0, 1.6)[at // 2 % 3],
                 prompt=few[15:25],
                 output=rng.choice(few[20:30], 12).tolist(),
                 num_valid_ids=35,

@@ -93,6 +93,7 @@ def test_a_row_that_is_not_finite_reaches_no_other(backend: str) -> None:
     beside = calls.log_softmax_top(logits, 40, torch.tensor([1, 2, 3]))
     for one, other in zip(whole, beside, strict=True):
         assert torch.equal(one[::2], other[::2])
+    assert beside.top_values[1].isnan().all()
 
 
 def test_no_chosen_token(backend: str) -> None:

@@ -28,8 +28,9 @@ _MASS_BEFORE: Final = "before.to(tl.float64) < top_p * total.to(tl.float64)"
 
 PATCHES: Final = (
     Patch("tie_highest", "equal logits go to the highest id", RANK, _TIE, _TIE.replace(" ^ _MAX_ID", "")),
-    Patch("negative_order", "negative logits rank in reverse", RANK, "tl.where(b_x == b_x, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), _NAN)", "tl.where(b_x == b_x, b_bits, _NAN)"),
-    Patch("nan_low", "NaN ranks as zero does", RANK, "0x7FFFFFFF), _NAN)", "0x7FFFFFFF), 0)"),
+    Patch("negative_order", "negative logits rank in reverse", RANK, "return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)", "return b_bits"),
+    Patch("nan_low", "NaN is loaded as 0", RANK, 'tl.where(b_x < float("inf"), b_x, float("inf"))', "tl.where(b_x == b_x, b_x, 0.0)"),
+    Patch("best_of_equals", "of a tile's equal values the highest id is best", RANK, "tl.min(tl.where(b_x == top, o_id, _MAX_ID), 0)", "tl.max(tl.where(b_x == top, o_id, 0), 0)"),
     Patch("minus_zero", "-0 ranks below 0", RANK, "(b_x + 0.0).to(tl.int32", "b_x.to(tl.int32"),
     Patch("infinity_passes", "a row with +inf does not fail", RANK, ">= _INFINITY", "> _INFINITY"),
     Patch("padding_zero", "lanes past the vocabulary hold 0", RANK, 'mask=o_id < NUM_IDS, other=float("-inf"))', "mask=o_id < NUM_IDS, other=0.0)"),
@@ -74,6 +75,7 @@ PATCHES: Final = (
     Patch("p_before_min_p", "top_p counts mass that min_p has dropped", SAMPLE, "(b_rank >= bound) & (b_z >= log_min_p), _mass(b_z)", "b_rank >= bound, _mass(b_z)"),
     Patch("mass_of_last_tile", "top_p takes the last tile for all", SAMPLE, "total += tl.sum", "total = tl.sum"),
     Patch("mass_log2e", "top_p counts powers of two", SAMPLE, "b_exp = tl.math.exp2(b_z * LOG2E)", "b_exp = tl.math.exp2(b_z)"),
+    Patch("second_draw_tile", "the second draw is from the last tile", SAMPLE, "best = tl.maximum(best, best_rank(b_score, o_id))", "best = best_rank(b_score, o_id)"),
     Patch("second_draw_k", "the second draw ignores top_k", SAMPLE, "(b_rank > candidate) & (b_rank >= bound) &", "(b_rank > candidate) &"),
     Patch("second_draw_min_p", "the second draw ignores min_p", SAMPLE, "(b_rank >= bound) & (b_z >= log_min_p)\n", "(b_rank >= bound)\n"),
     Patch("second_draw_all", "the second draw is from all that is kept", SAMPLE, "m_before = (b_rank > candidate) &", "m_before = (b_rank != candidate) &"),
@@ -100,7 +102,6 @@ PATCHES: Final = (
     Patch("sum_log2e", "mass is a sum of powers of two", LOGPROBS, "tl.math.exp2((b_x - top) * LOG2E)", "tl.math.exp2(b_x - top)"),
     Patch("tail_lost", "the long tail's mass is rounded away", LOGPROBS, "(b_exp * 2.0**50).to(tl.int64)", "(b_exp * 2.0**35).to(tl.int64) * 32768"),
     Patch("sum_chunk_factor", "each chunk's mass counts from its own maximum", LOGPROBS, "tl.math.exp2((ranked_value(b_best) - top) * LOG2E)", "1.0"),
-    Patch("sum_empty_chunk", "a chunk of -inf alone has mass", LOGPROBS, 'tl.where(b_x == float("-inf"), 0.0, tl.math.exp2((b_x - top) * LOG2E))', "tl.math.exp2(tl.where(b_x == b_x, 0.0, b_x) + tl.where(b_x == top, 0.0, b_x - top) * LOG2E)"),
     Patch("rank_of_ties", "tied tokens do not count in a rank", LOGPROBS, "(b_x >= chosen)", "(b_x > chosen)"),
     Patch("rank_padding", "lanes past the vocabulary count in a rank", LOGPROBS, "m_before = (b_x >= chosen) & (o_id < NUM_IDS)", "m_before = b_x >= chosen"),
     Patch("chosen_row", "every row has the first row's token", LOGPROBS, "tl.load(p_token_ids + i_row)", "tl.load(p_token_ids)"),
