@@ -165,7 +165,9 @@ def bench(context: Context) -> list[Job]:
         path = context.folder / "ceilings.json"
         path.write_text(json.dumps(rates), encoding="utf-8")
         options += ["--ceilings", str(path)]
-    return [Job(name, python("gpu.kernels", "--group", name, *options)) for name in ("decode", "prefill", "rest")]
+    groups = ("decode", "prefill", "rest")
+    # Long, as a peer may compile itself within a case.
+    return [Job(name, python("gpu.kernels", "--group", name, *options), case_timeout_s=400) for name in groups]
 
 
 def bits(_: Context) -> list[Job]:
@@ -239,7 +241,7 @@ def run_section(name: str, section: Section, context: Context) -> None:
     store.close(name, "partial" if left else "done", reason, time.monotonic() - begin)
 
 
-def prepare_environment(*, has_gpu: bool) -> None:
+def prepare_environment() -> None:
     """Let children import octavo from the tree: two links say where its packages are."""
     for package in ("engine", "kernels"):
         link = LINKS / "octavo" / package
@@ -249,8 +251,6 @@ def prepare_environment(*, has_gpu: bool) -> None:
     paths = [str(LINKS), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if has_gpu:  # the interpreter is for machines without one
-        os.environ["TRITON_INTERPRET"] = "0"
 
 
 def probe() -> dict[str, Any]:
@@ -293,11 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     args.out, started = args.out.resolve(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     os.chdir(ROOT)
-    prepare_environment(has_gpu=os.path.exists("/dev/nvidiactl"))
+    prepare_environment()
     machine = probe()
-    prepare_environment(has_gpu=machine["gpu"] is not None)
     if machine["gpu"] is None:
         print("no NVIDIA GPU is visible: only the static part runs here", flush=True)
+    else:
+        os.environ["TRITON_INTERPRET"] = "0"  # the interpreter is for machines without one
     versions = {name: machine["packages"][name] for name in ("torch", "triton")}
     identity = {"source": source_hash(ROOT, FOLDERS), **versions, "gpu": machine["gpu"] and machine["gpu"]["name"]}
     run = {"started": started, "identity": identity, "machine": machine, "options": vars(args) | {"out": args.out.name}}

@@ -9,8 +9,10 @@ layout of the cache) is prepared outside the call.
 from __future__ import annotations
 
 import importlib
+import signal
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ __all__ = ["PEERS", "Peer", "Unsuitable", "find", "prepare"]
 PEERS: Final = ("sdpa", "flex", "flashinfer_paged", "vllm_unified", "sglang_decode")
 LIMIT_U: Final = 8.0
 """How far a peer's result may be from ours, over the largest element, in u: another algorithm, not another result."""
+PREPARATION_S: Final = 90.0
 
 Call = Callable[[], Tensor]
 
@@ -46,16 +49,44 @@ def find(op: str) -> Iterator[tuple[str, Peer]]:
                 yield peer.name, peer
 
 
+_given_up: dict[str, str] = {}
+"""Peers that no other case will find otherwise: name -> reason."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where something takes longer: some libraries compile for minutes on first use."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def prepare(peer: Peer, case: Case, inputs: dict[str, Any], expected: Tensor) -> tuple[dict[str, Any], Call | None]:
     """Return what is known of a peer on one case, and its call where it can run and agrees with our result."""
+    if peer.name in _given_up:
+        return {"reason": _given_up[peer.name]}, None
     try:
-        call = peer.make(case, inputs)
-        found = call()
-        torch.cuda.synchronize() if found.is_cuda else None
+        with _time_limit(PREPARATION_S):
+            call = peer.make(case, inputs)
+            found = call()
+            if found.is_cuda:
+                torch.cuda.synchronize()
     except Unsuitable as error:
         return {"reason": str(error)}, None
     except ImportError as error:
-        return {"reason": f"not here: {error}"}, None
+        _given_up[peer.name] = f"not here: {error}"
+        return {"reason": _given_up[peer.name]}, None
+    except TimeoutError:
+        _given_up[peer.name] = f"not ready after {PREPARATION_S:.0f} s"
+        return {"reason": _given_up[peer.name]}, None
     except Exception:  # somebody else's library, in whatever state it is
         return {"reason": traceback.format_exc(limit=-2)[-600:]}, None
     found = found.reshape(expected.shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -62,7 +63,8 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "gpu_suite", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "probe", lambda: MACHINE)
-    monkeypatch.setattr(module, "prepare_environment", lambda **_: None)
+    monkeypatch.setattr(module, "prepare_environment", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))  # which it sets, put back after
     return module
 
 
@@ -514,6 +516,7 @@ def test_peers_get_what_we_get(op: str, monkeypatch: pytest.MonkeyPatch) -> None
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(peers, "_given_up", {})
     for package in ("vllm", "sglang"):
         monkeypatch.setitem(sys.modules, package, None)
     one = attention(op, ((1, 40), (1, 7), (1, 64)) if op == "decode" else ((5, 40), (17, 17), (1, 3)))
@@ -527,6 +530,33 @@ def test_peers_get_what_we_get(op: str, monkeypatch: pytest.MonkeyPatch) -> None
     wanted = {"FlashInfer", "vLLM Triton"} | ({"SGLang Triton, 8 splits"} if op == "decode" else set())
     assert {name for name, facts in found.items() if "reason" not in facts} >= wanted, found
     assert found["torch SDPA, gathering"]["reason"] == "only for sequences of equal length"
+
+
+@pytest.mark.parametrize("seqs", [((5, 40), (5, 40)), ((17, 17),), ((1, 9), (1, 9))])
+def test_sdpa_sees_what_a_chunk_sees(seqs: tuple[tuple[int, int], ...]) -> None:
+    one = attention("prefill", seqs)
+    inputs = cases.make_inputs(one, torch.device("cpu"))
+    ways = {name: peer for name, peer in peers.find("prefill") if name.startswith("torch SDPA")}
+    assert len(ways) == 2
+    for peer in ways.values():
+        facts, call = peers.prepare(peer, one.case, inputs, octavo_op("prefill")(**inputs))
+        assert call is not None, facts
+
+
+def test_a_peer_that_is_never_ready_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PREPARATION_S", 0.05)
+    monkeypatch.setattr(peers, "_given_up", {})
+    asked = []
+
+    def make(case: Case, inputs: dict[str, Any]) -> Any:
+        asked.append(case)
+        time.sleep(30)
+
+    one = attention("decode", ((1, 40),))
+    for _ in range(2):
+        facts, call = peers.prepare(peers.Peer("slow", make), one.case, {}, torch.zeros(1))
+        assert (call, facts["reason"]) == (None, "not ready after 0 s")
+    assert len(asked) == 1
 
 
 def test_a_peer_that_disagrees_is_not_timed() -> None:
