@@ -24,7 +24,7 @@ from .plan_triton import DecodePlan, plan_decode
 from .reference import MAX_DECODE_QUERY_LEN
 from .tile_triton import LOG2E, capped, check_supported, key_rows, load_rows, softmax_step
 
-__all__ = ["DecodeConfig", "config", "decode_kernel", "paged_attention_decode"]
+__all__ = ["DecodeConfig", "attend_split", "config", "decode_kernel", "paged_attention_decode"]
 
 
 _MAX_REGISTERS: Final = {4: 128, 3: 168, 2: 255}
@@ -82,7 +82,7 @@ def config(
 
 
 @triton.jit
-def _attend_split(
+def attend_split(
     b_q,
     p_keys,
     p_values,
@@ -213,7 +213,7 @@ def decode_kernel(
             i_low = tl.maximum(i_split * SPLIT_TOKENS, i_oldest)
             i_high = tl.minimum((i_split + 1) * SPLIT_TOKENS, seq_len)
             p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
-            b_acc, b_max, b_sum = _attend_split(
+            b_acc, b_max, b_sum = attend_split(
                 b_q, p_keys, p_values, p_blocks, b_draft, i_first + o_row_token, i_first, i_low, i_high, scale,
                 soft_cap, window, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_N, NUM_STAGES,
             )  # fmt: skip
@@ -269,7 +269,7 @@ def paged_attention_decode(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `octavo.kernels.paged_attention_decode`. `plan` is a `DecodePlan`."""
+    """See `octavo.kernels.paged_attention_decode`. `plan` is a `DecodePlan` or an `InvariantPlan`."""
     check_attention(
         q,
         k_cache,
@@ -291,6 +291,26 @@ def paged_attention_decode(
     group_size, num_seqs = num_q_heads // num_kv_heads, seq_lens.shape[0]
     if draft_mask is not None:
         check_shape("draft_mask", draft_mask, (num_tokens,))
+    if plan is not None and not isinstance(plan, DecodePlan):
+        from .invariant_triton import InvariantPlan, attend_invariant  # which attends to a split as decode does
+
+        assert isinstance(plan, InvariantPlan), "the plan is of another backend or op"
+        return attend_invariant(
+            q,
+            k_cache,
+            v_cache,
+            plan,
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            block_table=block_table,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            draft_mask=draft_mask,
+            out=out,
+            return_lse=return_lse,
+        )
     if plan is None:
         plan = plan_decode(
             cu_seqlens_q,
@@ -301,7 +321,6 @@ def paged_attention_decode(
             head_dim=head_dim,
             block_size=block_size,
         )
-    assert isinstance(plan, DecodePlan), "the plan is of another backend or op"
     assert plan.serves(num_seqs, num_q_heads, head_dim), "the plan is of another step or model"
     settings = config(
         group_size=group_size,

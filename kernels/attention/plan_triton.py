@@ -179,7 +179,14 @@ def plan_paged_attention(
     max_splits: int | None = None,
     invariant: bool = False,
 ) -> Any:
-    """See `octavo.kernels.plan_paged_attention`. Decode's bits depend on a row's own prefix alone in any case."""
+    """See `octavo.kernels.plan_paged_attention`. A decoded row's bits depend on its own prefix alone in any case, but
+    are those of the same row in a prompt only if `invariant`.
+    """
+    if invariant:
+        from .invariant_triton import plan_invariant
+
+        group_size = num_q_heads // num_kv_heads
+        return plan_invariant(cu_seqlens_q, seq_lens, num_tokens=num_tokens, group_size=group_size)
     if op == "prefill":
         from .worklist_triton import plan_prefill
 

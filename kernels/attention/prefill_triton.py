@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.checks import check_attention, check_positive
 from ..common.launch import Target, cdiv, next_power_of_2, target
+from .invariant_triton import InvariantPlan, attend_invariant
 from .tile_triton import LOG2E, capped, check_supported, finish, load_rows, slot_rows, softmax_step
 from .worklist_triton import heads_per_tile, list_work, tokens_per_item
 
@@ -258,7 +259,7 @@ def paged_attention_prefill(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `Worklist`."""
+    """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `Worklist` or an `InvariantPlan`."""
     check_attention(
         q,
         k_cache,
@@ -275,6 +276,22 @@ def paged_attention_prefill(
     )
     check_supported(q, k_cache, out)
     check_positive("scale", scale)
+    if isinstance(worklist, InvariantPlan):
+        return attend_invariant(
+            q,
+            k_cache,
+            v_cache,
+            worklist,
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            block_table=block_table,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            out=out,
+            return_lse=return_lse,
+        )
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     group_size = num_q_heads // num_kv_heads
