@@ -21,10 +21,11 @@ from octavo.kernels import use_backend
 from octavo.kernels.spec import Case
 from torch import Tensor
 
-from .cases import LLAMA, attention_inputs
+from .cases import LLAMA, attention_inputs, decode_plan
 from .lines import Lines, NotRunError
 
 GROUPS: Final = ("promises", "questions")
+DEVICE: Final = torch.device("cuda")
 DEPTH: Final = 4096
 LENGTHS: Final = (1, 64, 511, 512, 513, 3000)
 
@@ -111,7 +112,7 @@ def _take(inputs: dict[str, Any], s: int, rows: slice, seq_len: int) -> dict[str
 def decode_against_prefill() -> dict[str, Any]:
     """The same position by both ops: what a token recomputed after preemption meets."""
     seqs = [(1, length) for length in LENGTHS]
-    inputs = attention_inputs(_case(seqs), torch.device("cuda"))
+    inputs = attention_inputs(_case(seqs), DEVICE)
     one, other = _attend("decode", seqs, inputs), _attend("prefill", seqs, inputs)
     return {"status": "measured", **{str(n): differing(one[i], other[i]) for i, n in enumerate(LENGTHS)}}
 
@@ -119,7 +120,7 @@ def decode_against_prefill() -> dict[str, Any]:
 def chunks() -> dict[str, Any]:
     """A prompt's last rows, computed with it and in chunks that begin elsewhere."""
     length = 3000
-    inputs = attention_inputs(_case([(length, length)]), torch.device("cuda"))
+    inputs = attention_inputs(_case([(length, length)]), DEVICE)
     whole = _attend("prefill", [(length, length)], inputs)
     found = {}
     for size in (1, 17, 64, 100, 1000):
@@ -132,7 +133,7 @@ def chunks() -> dict[str, Any]:
 def neighbours(op: str) -> dict[str, Any]:
     """Every sequence of a ragged batch, alone and in it."""
     seqs = [(1 if op == "decode" else min(length, 100), length) for length in LENGTHS]
-    inputs = attention_inputs(_case(seqs), torch.device("cuda"))
+    inputs = attention_inputs(_case(seqs), DEVICE)
     together, start = _attend(op, seqs, inputs), 0
     for s, (query_len, seq_len) in enumerate(seqs):
         rows = slice(start, start := start + query_len)
@@ -144,7 +145,7 @@ def neighbours(op: str) -> dict[str, Any]:
 def repeats(op: str) -> dict[str, Any]:
     """The same call a hundred times: an order of sums that depends on timing would show."""
     seqs = [(1, 3000)] * 32 if op == "decode" else [(200, 3000)] * 8
-    inputs = attention_inputs(_case(seqs), torch.device("cuda"))
+    inputs = attention_inputs(_case(seqs), DEVICE)
     first = _attend(op, seqs, inputs)
     for i in range(100):
         facts = differing(_attend(op, seqs, inputs), first)
@@ -154,14 +155,10 @@ def repeats(op: str) -> dict[str, Any]:
 
 def fused_combine() -> dict[str, Any]:
     """Both forms of decode's merge, on batches whose splits finish in any order."""
-    from octavo.kernels.attention.plan_triton import plan_decode
-
     seqs = [(1, length) for length in LENGTHS] * 8
-    inputs = attention_inputs(_case(seqs), torch.device("cuda"))
-    steps = {key: inputs[key] for key in ("cu_seqlens_q", "seq_lens", "block_table")}
-    sizes = {"max_query_len": 1, "num_q_heads": 32, "head_dim": 128, "block_size": LLAMA["block_size"]}
-    separate = octavo.kernels.paged_attention_decode(**inputs, plan=plan_decode(**steps, **sizes))
-    fused = plan_decode(**steps, **sizes, fused=True)
+    inputs = attention_inputs(_case(seqs), DEVICE)
+    separate = octavo.kernels.paged_attention_decode(**inputs, plan=decode_plan(inputs, fused=False))
+    fused = decode_plan(inputs, fused=True)
     for i in range(100):  # one plan for all, as for layers: its counters must be back at zero
         facts = differing(octavo.kernels.paged_attention_decode(**inputs, plan=fused), separate)
         assert facts["equal"], f"run {i}: {facts}"

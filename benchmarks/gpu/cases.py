@@ -13,13 +13,25 @@ import torch
 from octavo.kernels.attention import SPLIT_TOKENS
 from octavo.kernels.spec import Case, OpSpec, generator, load_specs
 
-__all__ = ["GROUPS", "Bench", "Level", "attention_inputs", "benches", "input_bytes", "make_inputs", "plan_arguments"]
+__all__ = [
+    "GROUPS",
+    "Bench",
+    "Level",
+    "attention_inputs",
+    "benches",
+    "decode_plan",
+    "input_bytes",
+    "make_inputs",
+    "plan_arguments",
+]
 
 Level = Literal["quick", "normal", "full"]
 Seqs = Sequence[tuple[int, int]]
 
 ATTENTION: Final = ("paged_attention_prefill", "paged_attention_decode")
 GROUPS: Final = ("decode", "prefill", "rest")
+STEP: Final = ("cu_seqlens_q", "seq_lens", "block_table")
+"""What a plan is made from."""
 LLAMA: Final = {"num_kv_heads": 8, "group_size": 4, "head_dim": 128, "block_size": 64}
 K: Final = 1024
 _LEVELS: Final = ("quick", "normal", "full")
@@ -162,6 +174,21 @@ def plan_arguments(bench: Bench) -> dict[str, Any]:
         "block_size": case["block_size"],
         "max_splits": sum(-(-seq_len // SPLIT_TOKENS) for _, seq_len in case["seqs"]),
     }
+
+
+def decode_plan(inputs: dict[str, Any], *, fused: bool, max_query_len: int = 1, max_splits: int | None = None) -> Any:
+    """Return the Triton backend's plan of a decode call, with either form of combine."""
+    from octavo.kernels.attention.plan_triton import plan_decode
+
+    return plan_decode(
+        **{name: inputs[name] for name in STEP},
+        max_query_len=max_query_len,
+        num_q_heads=inputs["q"].shape[1],
+        head_dim=inputs["q"].shape[2],
+        block_size=inputs["k_cache"].shape[2],
+        max_splits=max_splits,
+        fused=fused,
+    )
 
 
 def input_bytes(bench: Bench) -> int:

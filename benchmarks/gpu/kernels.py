@@ -22,7 +22,18 @@ import peers
 import torch
 from octavo.kernels import plan_paged_attention, use_backend
 
-from .cases import ATTENTION, GROUPS, Bench, Level, benches, input_bytes, make_inputs, plan_arguments
+from .cases import (
+    ATTENTION,
+    GROUPS,
+    STEP,
+    Bench,
+    Level,
+    benches,
+    decode_plan,
+    input_bytes,
+    make_inputs,
+    plan_arguments,
+)
 from .checking import check, check_attention
 from .lines import Lines, NotRunError
 from .timing import Clock, CudaClock, roofline, summary
@@ -43,10 +54,9 @@ def our_calls(bench: Bench, inputs: dict[str, Any]) -> dict[str, Call]:
     op = getattr(octavo.kernels, name)
     if name not in ATTENTION:
         return {"octavo": partial(op, **inputs)}
-    steps = {key: inputs[key] for key in ("cu_seqlens_q", "seq_lens", "block_table")}
     arguments = plan_arguments(bench)
     out = torch.full_like(inputs["q"], float("nan"))
-    plan = plan_paged_attention(**steps, **arguments)
+    plan = plan_paged_attention(**{name: inputs[name] for name in STEP}, **arguments)
     planned = {"worklist" if arguments["op"] == "prefill" else "plan": plan}
     calls: dict[str, Call] = {
         "octavo": partial(op, **inputs, **planned, out=out),
@@ -56,10 +66,8 @@ def our_calls(bench: Bench, inputs: dict[str, Any]) -> dict[str, Call]:
         arguments["op"] == "decode"
         and max(seq_len for _, seq_len in bench.case["seqs"]) > octavo.kernels.attention.SPLIT_TOKENS
     ):
-        from octavo.kernels.attention.plan_triton import plan_decode
-
-        known = ("max_query_len", "num_q_heads", "head_dim", "block_size", "max_splits")
-        fused = plan_decode(**steps, **{key: arguments[key] for key in known}, fused=True)
+        bounds = {key: arguments[key] for key in ("max_query_len", "max_splits")}
+        fused = decode_plan(inputs, fused=True, **bounds)
         calls["octavo, fused combine"] = partial(op, **inputs, plan=fused, out=out)
     return calls
 

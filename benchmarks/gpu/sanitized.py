@@ -17,20 +17,18 @@ import torch
 from octavo.kernels import use_backend
 from octavo.kernels.spec import Case, load_specs
 
-from .cases import Bench, attention_inputs, make_inputs
+from .cases import Bench, attention_inputs, decode_plan, make_inputs
 
+DEVICE: Final = torch.device("cuda")
 SMALL: Final = {"num_kv_heads": 2, "group_size": 4, "head_dim": 128, "block_size": 16}
 
 
 def _attend(op: str, *, fused: bool = False) -> None:
     lengths = (1, 17, 511, 513, 1100)
     seqs = tuple((1 if op == "decode" else min(n, 70), n) for n in lengths)
-    inputs: dict[str, Any] = attention_inputs(Case("small", {**SMALL, "seqs": seqs}, "bfloat16"), torch.device("cuda"))
+    inputs: dict[str, Any] = attention_inputs(Case("small", {**SMALL, "seqs": seqs}, "bfloat16"), DEVICE)
     if fused:
-        from octavo.kernels.attention.plan_triton import plan_decode
-
-        steps = {key: inputs[key] for key in ("cu_seqlens_q", "seq_lens", "block_table")}
-        inputs["plan"] = plan_decode(**steps, max_query_len=1, num_q_heads=8, head_dim=128, block_size=16, fused=True)
+        inputs["plan"] = decode_plan(inputs, fused=True)
     for _ in range(2):
         getattr(octavo.kernels, f"paged_attention_{op}")(**inputs)
 
@@ -38,7 +36,7 @@ def _attend(op: str, *, fused: bool = False) -> None:
 def _spec_case(op: str, name: str) -> None:
     spec = load_specs()[op]
     bench = Bench(spec, spec.case(name))
-    inputs = make_inputs(bench, torch.device("cuda"))
+    inputs = make_inputs(bench, DEVICE)
     getattr(octavo.kernels, op)(**inputs)
 
 
