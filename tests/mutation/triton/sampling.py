@@ -78,7 +78,6 @@ PATCHES: Final = (
     Patch("second_draw_tile", "the second draw is from the last tile", SAMPLE, "best = tl.maximum(best, best_rank(b_score, o_id))", "best = best_rank(b_score, o_id)"),
     Patch("second_draw_k", "the second draw ignores top_k", SAMPLE, "(b_rank > candidate) & (b_rank >= bound) &", "(b_rank > candidate) &"),
     Patch("second_draw_min_p", "the second draw ignores min_p", SAMPLE, "(b_rank >= bound) & (b_z >= log_min_p)\n", "(b_rank >= bound)\n"),
-    Patch("second_draw_all", "the second draw is from all that is kept", SAMPLE, "m_before = (b_rank > candidate) &", "m_before = (b_rank != candidate) &"),
     Patch("first_draw_k", "the first draw is kept whatever top_k says", SAMPLE, "is_kept = (candidate >= bound) &", "is_kept ="),
     Patch("first_draw_min_p", "the first draw is kept whatever min_p says", SAMPLE, "is_kept = (candidate >= bound) & ((x - top) * inverse >= log_min_p)", "is_kept = candidate >= bound"),
     Patch("min_p_no_log", "min_p is compared with a logit", SAMPLE, "params.min_p.log()", "(params.min_p - 1)"),
