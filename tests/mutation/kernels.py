@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import octavo.kernels
+import torch
 from octavo.kernels import dispatch
 from octavo.kernels.spec import Case, load_specs
 
@@ -45,11 +46,13 @@ _SHAPES: Final = {
         Shape(((1, 1), (17, 17), (0, 9), (3, 65), (17, 17))),
         Shape(((5, 60), (40, 140)), num_kv_heads=3, group_size=3, window=18, head_dim=80),
         Shape(((33, 64), (1, 1100)), num_kv_heads=1, group_size=4, block_size=64),
+        Shape(((40, 70),), num_kv_heads=1, group_size=7, block_size=32, dtype=torch.float16),
     ),
     DECODE: (
         Shape(((1, 1), (1, 32), (0, 9), (1, 65), (3, 7))),
         Shape(((2, 140), (1, 5)), num_kv_heads=3, group_size=3, window=18, head_dim=80),
-        Shape(((1, 1030), (2, 1024)), num_kv_heads=1, group_size=1, block_size=64),
+        Shape(((1, 1030), (2, 1025)), num_kv_heads=1, group_size=2, block_size=64),
+        Shape(((1, 5), (1, 600)), block_size=64, window=70),
     ),
 }
 
@@ -60,15 +63,16 @@ def _param_checks(name: str, cases: tuple[Case, ...] | list[Case], check: object
 
 
 def _attention_checks(op: str) -> Checks:
-    named: list[tuple[str, object]] = []
+    spec = load_specs()[op]
+    cases = [case for case in spec.cases if case.tier == "test" and takes("triton", (case,))]
+    named: list[tuple[str, object]] = [
+        (f"rounding: {case.name}", partial(check_rounding, spec, case, 0)) for case in cases
+    ]
     for shape in _SHAPES[op]:
         checks = attention_checks.EXACT | (attention_checks.EXACT_WINDOW if shape.window is not None else {})
         named += [
             (f"exact: {name}", partial(check, op, shape)) for name, check in checks.items() if takes("triton", (name,))
         ]
-    spec = load_specs()[op]
-    cases = [case for case in spec.cases if case.tier == "test" and takes("triton", (case,))]
-    named += [(f"rounding: {case.name}", partial(check_rounding, spec, case, 0)) for case in cases]
     for name, check in attention_checks.INVARIANCE.items():
         named.append((f"invariance: {name}", partial(check, op, _SHAPES[op][0])))
     return tuple(named)  # type: ignore[arg-type]
