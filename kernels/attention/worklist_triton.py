@@ -18,7 +18,7 @@ from ..common.launch import cdiv
 
 __all__ = ["Worklist", "heads_per_tile", "list_work", "plan_prefill", "tokens_per_item"]
 
-_BLOCK: Final = 128
+_BLOCK: Final = 64
 """Items, and sequences, that a program of the listing kernel ranks at a time."""
 
 
