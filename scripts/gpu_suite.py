@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -184,13 +185,19 @@ def sanitizer(context: Context) -> list[Job]:
         raise NotRunError("compute-sanitizer is not installed")
     runs = ["decode", "decode-fused", "prefill", "write_kv", "sample"]
     runs += ["rms_norm", "gated_activation", "log_softmax_top"] if context.level == "full" else []
-    tools = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
-    command = [path, "--error-exitcode", "9", "--tool"]
-    return [
-        Job(f"{tool}: {run}", [*command, tool, *python("gpu.sanitized", run)], tells=False, env=env, case_timeout_s=300)
-        for tool, env in tools.items()
-        for run in runs
-    ]
+    # Without torch's cache of freed memory, as within it every address looks allocated; calls that torch tries and that
+    # may fail are not what is looked for.
+    memcheck = ["--tool", "memcheck", "--report-api-errors", "no"]
+    tools = {
+        "memcheck": (memcheck, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        "racecheck": (["--tool", "racecheck"], {}),
+    }
+    jobs = []
+    for tool, (options, env) in tools.items():
+        for run in runs:
+            argv = [path, "--error-exitcode", "9", *options, *python("gpu.sanitized", run)]
+            jobs.append(Job(f"{tool}: {run}", argv, case_timeout_s=300, tells=False, env=env))
+    return jobs
 
 
 @dataclass(frozen=True)
@@ -234,6 +241,9 @@ def run_section(name: str, section: Section, context: Context) -> None:
         jobs = section.jobs(context)
     except (NotRunError, subprocess.TimeoutExpired) as error:
         return store.close(name, "not run", str(error), time.monotonic() - begin)
+    except Exception:  # the others shall run all the same
+        report(name, {"status": "crashed", "reason": traceback.format_exc()})
+        return store.close(name, "not run", "it could not be prepared", time.monotonic() - begin)
     finished = store.finished(name)
     with ThreadPoolExecutor(section.at_once(context)) as pool:
         left = sum(pool.map(lambda job: run_job(job, report, finished, context.deadline), jobs))
@@ -292,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     args = parse(argv)
     args.out, started = args.out.resolve(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if args.model and Path(args.model).exists():
+        args.model = str(Path(args.model).resolve())
     os.chdir(ROOT)
     prepare_environment()
     machine = probe()

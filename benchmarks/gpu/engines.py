@@ -26,7 +26,8 @@ NEAR_TIE: Final = 1e-3
 
 def generate(model: str, backend: str, dtype: str) -> list[Any]:
     """Return the answers of one backend, and leave no memory behind."""
-    llm = LLM(model, backend=backend, device="cuda", dtype=dtype, max_num_seqs=NUM_PROMPTS, max_model_len=1024)
+    room = {"max_num_seqs": NUM_PROMPTS, "max_model_len": 512, "kv_cache_tokens": 512 * NUM_PROMPTS}
+    llm = LLM(model, backend=backend, device="cuda", dtype=dtype, **room)
     prompts = make_prompts(llm.tokenizer, NUM_PROMPTS)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
     answers = [output.outputs[0] for output in llm.generate(prompts, params)]

@@ -72,6 +72,13 @@ def test_a_case_is_timed_beside_what_is_there() -> None:
     assert "not here" in found["beside"]["FlashInfer"]["reason"] or "us" in found["beside"]["FlashInfer"]
 
 
+@pytest.mark.parametrize("options", [{"window": 7}, {"soft_cap": 2.0}])
+def test_options_are_checked_with(options: dict[str, Any]) -> None:
+    found = measured(attention("decode", ((9, 40),), **options))
+    assert found["status"] == "measured"
+    assert "not with" in found["beside"]["torch SDPA, gathering"]["reason"]
+
+
 def test_both_forms_of_combine() -> None:
     with use_backend("triton"):
         one = attention("decode", ((1, 40), (1, 600)), num_kv_heads=1)

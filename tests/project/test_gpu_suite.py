@@ -226,6 +226,21 @@ def test_only_and_skip(suite: ModuleType, make_job: Callable[..., Any], tmp_path
         suite.main(["--only", "everything"])
 
 
+def test_a_section_that_cannot_be_prepared(suite: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    def jobs(reason: Exception) -> Any:
+        def raising(_: Any) -> Any:
+            raise reason
+
+        return suite.Section(raising)
+
+    fake = {"tests": jobs(KeyError("x")), "sanitizer": jobs(suite.NotRunError("not installed"))}
+    monkeypatch.setattr(suite, "SECTIONS", fake)
+    assert suite.main(["--out", str(tmp_path)]) == 1
+    found = read(tmp_path)["sections"]
+    assert "KeyError" in found["tests"]["cases"]["tests"]["reason"]
+    assert found["sanitizer"]["reason"] == "not installed"
+
+
 def test_every_section_names_what_is_there(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands of all sections: modules and tests exist, and their options are known."""
     collected = tmp_path / "collected"
