@@ -67,7 +67,7 @@ def _penalties_of(rows: Sequence[Row], spare: int) -> Penalties | None:
         return None
     seen = [list(dict.fromkeys([*rows[at].prompt, *rows[at].output])) for at in penalised]
     shape = spare + len(penalised), max(map(len, seen)) + 1
-    seen_ids, seen_counts, num_seen = np.full(shape, 11), np.full(shape, 7), np.full(shape[0], shape[1])
+    seen_ids, seen_counts, num_seen = np.full(shape, 11), np.full(shape, -7), np.full(shape[0], shape[1])
     state_rows = list(range(shape[0] - 1, spare - 1, -1))
     for at, ids, state_row in zip(penalised, seen, state_rows, strict=True):
         num_seen[state_row] = len(ids)
