@@ -104,7 +104,7 @@ def check_changed_logits(seed: int) -> None:
                 repetition=(1.0, 1.8, 0.6)[at % 3],
                 presence=1.5 * (at % 7 == 0),
                 frequency=(0.4, 0.0, 1.6)[at // 2 % 3],
-                prompt=few[15:25],
+                prompt=few[15 - at % 5 : 22],
                 output=rng.choice(few[20:24], 12).tolist(),
                 num_valid_ids=35,
             )
