@@ -131,8 +131,9 @@ def _imports(module: str) -> set[str]:
 
 
 def ops_of(module: str) -> list[str]:
-    """Return the ops whose kernels are in this module, or use it."""
-    return [op for op, where in dispatch.OPS.items() if "triton" in where and module in _imports(where["triton"])]
+    """Return the ops whose kernels are in this module, then those that use it."""
+    used = [op for op, where in dispatch.OPS.items() if "triton" in where and module in _imports(where["triton"])]
+    return sorted(used, key=lambda op: dispatch.OPS[op]["triton"] != module)
 
 
 @contextmanager
