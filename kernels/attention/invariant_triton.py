@@ -20,9 +20,8 @@ from torch import Tensor
 
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .combine_triton import store_rows
-from .decode_triton import attend_split
 from .gather import SPLIT_TOKENS
-from .tile_triton import load_rows
+from .tile_triton import LOG2E, capped, load_rows, slot_rows, softmax_step
 from .worklist_triton import Worklist, heads_per_tile, list_work
 
 __all__ = ["InvariantConfig", "InvariantPlan", "attend_invariant", "config", "plan_invariant"]
@@ -40,7 +39,7 @@ class InvariantPlan:
 
 @dataclass(frozen=True, slots=True)
 class InvariantConfig:
-    """How the kernel is launched: nothing of it depends on the batch."""
+    """How the kernel is launched. A row's bits depend on the first two, so nothing of the batch may choose them."""
 
     block_n: int
     """Keys of a tile; divides SPLIT_TOKENS."""
@@ -48,18 +47,84 @@ class InvariantConfig:
     num_stages: int
 
 
-def config(*, head_dim: int, dtype: torch.dtype, target: Target) -> InvariantConfig:
-    """Choose the keys of a tile, the most that spill no registers: a row's bits depend on the choice."""
-    wide = head_dim > 128
+def config(*, head_dim: int, dtype: torch.dtype, draft: bool, target: Target) -> InvariantConfig:
+    """Choose the largest tiles that spill no registers.
+
+    Args:
+        draft: whether there are draft masks, which leave no registers to look blocks up ahead of time.
+    """
     if dtype == torch.float32:  # exact products use no tensor cores and hold their operands in registers
         return InvariantConfig(block_n=16, num_warps=8, num_stages=2)
-    return InvariantConfig(block_n=32 if wide else 64, num_warps=8 if wide else 4, num_stages=3)
+    if head_dim > 128:
+        return InvariantConfig(block_n=32 if target.arch == 90 else 16, num_warps=8, num_stages=2)
+    return InvariantConfig(block_n=64, num_warps=4 if target.arch == 90 else 8, num_stages=2 if draft else 3)
 
 
 def plan_invariant(cu_seqlens_q: Tensor, seq_lens: Tensor, *, num_tokens: int, group_size: int) -> InvariantPlan:
     """Plan a step of either op; see `octavo.kernels.plan_paged_attention`."""
     item_tokens = BLOCK_M // heads_per_tile(BLOCK_M, group_size)
     return InvariantPlan(list_work(cu_seqlens_q, seq_lens, num_tokens=num_tokens, item_tokens=item_tokens))
+
+
+@triton.jit
+def _attend_split(
+    b_q,
+    p_keys,
+    p_values,
+    p_blocks,
+    b_draft,
+    o_position,
+    i_first,
+    i_low,
+    i_high,
+    scale,
+    window,
+    soft_cap,
+    BLOCK_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Return the softmax's state over keys i_low to i_high: values [BLOCK_M, BLOCK_D], maximum and sum [BLOCK_M].
+
+    Every tile is masked: whether all rows of a tile see all keys of another depends on who shares the tile.
+
+    Args:
+        b_q: [BLOCK_M, BLOCK_D].  b_draft, o_position: [BLOCK_M], each row's draft mask, or None, and position.
+        i_first: position of the sequence's first query token.
+    """
+    factor = scale * LOG2E
+    if soft_cap is not None:
+        factor = 1.0
+    o_dim = tl.arange(0, b_q.shape[1])  # [BLOCK_D]
+    b_max = tl.full((b_q.shape[0],), float("-inf"), tl.float32)
+    b_sum = tl.zeros((b_q.shape[0],), tl.float32)
+    b_acc = tl.zeros(b_q.shape, tl.float32)
+    for i_key in tl.range(i_low // BLOCK_N * BLOCK_N, i_high, BLOCK_N, num_stages=NUM_STAGES):
+        o_key = i_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        # Lanes beyond either end repeat a key that is seen: their weight is 0, and 0 times a real value is 0.
+        o_seen = tl.minimum(tl.maximum(o_key, i_low), i_high - 1)  # [BLOCK_N]
+        o_block = o_seen // BLOCK_SIZE
+        if BLOCK_SIZE % BLOCK_N == 0:
+            o_block = i_key // BLOCK_SIZE
+        o_slot = slot_rows(tl.load(p_blocks + o_block), o_seen, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM)  # [BLOCK_N]
+        b_keys = load_rows(p_keys, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        b_values = load_rows(p_values, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if soft_cap is not None:
+            b_scores = capped(b_scores, scale / soft_cap, soft_cap)
+        m_seen = o_key[None, :] <= o_position[:, None]
+        if window is not None:
+            m_seen &= o_key[None, :] > o_position[:, None] - window
+        if b_draft is not None:
+            o_draft = o_key - i_first  # [BLOCK_N] from the sequence's first query token
+            m_draft = (b_draft[:, None] >> tl.minimum(tl.maximum(o_draft, 0), 31)[None, :]) & 1
+            m_seen &= (o_draft < 0)[None, :] | (m_draft == 1)
+        b_scores = tl.where(m_seen, b_scores, float("-inf"))
+        b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, True)
+        b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
+    return b_acc, b_max, b_sum
 
 
 @triton.jit
@@ -149,9 +214,9 @@ def invariant_kernel(
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     for i_split in tl.range(i_low // SPLIT_TOKENS * SPLIT_TOKENS, i_high, SPLIT_TOKENS, num_stages=1):
-        b_part, b_part_max, b_part_sum = attend_split(
+        b_part, b_part_max, b_part_sum = _attend_split(
             b_q, p_keys, p_values, p_blocks, b_draft, i_first + o_token, i_first, tl.maximum(i_split, i_low),
-            tl.minimum(i_split + SPLIT_TOKENS, i_high), scale, soft_cap, window, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM,
+            tl.minimum(i_split + SPLIT_TOKENS, i_high), scale, window, soft_cap, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM,
             BLOCK_SIZE, HEAD_DIM, BLOCK_N, NUM_STAGES,
         )  # fmt: skip
         b_acc, b_max, b_sum = _merge(b_acc, b_max, b_sum, b_part, b_part_max, b_part_sum)
@@ -184,7 +249,12 @@ def attend_invariant(
     group_size, items = num_q_heads // num_kv_heads, plan.worklist.items
     heads = heads_per_tile(BLOCK_M, group_size)
     assert plan.worklist.item_tokens == BLOCK_M // heads, "the plan is another model's"
-    settings = config(head_dim=head_dim, dtype=q.dtype, target=target(q.device))
+    settings = config(
+        head_dim=head_dim,
+        dtype=q.dtype,
+        draft=draft_mask is not None,
+        target=target(q.device),
+    )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = q.new_empty((num_tokens, num_q_heads), dtype=torch.float32) if return_lse else None
     if num_tokens and len(items):

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from octavo.kernels import dispatch
-from octavo.kernels.attention import plan_paged_attention
 
 from . import oracle
 from .attention_checks import EXACT, EXACT_WINDOW, INVARIANCE, call, same_bits
 from .paged import Batch, Shape, gaussian
+from .planned import DECODE, PREFILL, plans
 from .rounding import assert_rounding
 
-PREFILL, DECODE = "paged_attention_prefill", "paged_attention_decode"
 OPS = (PREFILL, DECODE, "plan_paged_attention")
-PLAN_NAME = {PREFILL: "worklist", DECODE: "plan"}
 # A plan is made for sequences that have a key for each of their query rows.
 CHECKS = {
     name: check for name, check in (EXACT | INVARIANCE).items() if name not in ("sees_nothing", "quantised_needle")
 }
-# Triton's plan is the same whether or not it is to be invariant.
-PLANS = [("torch", False), ("torch", True)] + [("triton", True)] * ("triton" in dispatch.available_backends(*OPS))
+PLANS = [(backend, invariant) for backend in dispatch.available_backends(*OPS) for invariant in (False, True)]
 READS_THE_LIST = ("counting", "poison", "padding_untouched", "blocks_permuted")
-"""In the small tier, on Triton: without a plan the op makes the same one for itself."""
+"""In the small tier, on Triton: without a plan the op makes one like the first for itself; for the other kind, which
+another kernel computes, `test_attention_invariant` has more."""
 SHAPES = [
     (PREFILL, Shape(((1, 1), (17, 17), (0, 9), (3, 65)))),
     (PREFILL, Shape(((33, 48), (2, 20)), num_kv_heads=1, group_size=7, block_size=5, window=16)),
@@ -41,53 +37,9 @@ SHAPES = [
 ]
 
 
-def _same(plan: Any) -> Any:
-    return plan
-
-
 def _other_order(plan: Any) -> Any:
     """Return a plan with its list of work, where it has one, in reverse: items without work first."""
     return dataclasses.replace(plan, items=plan.items.flip(0).contiguous()) if hasattr(plan, "items") else plan
-
-
-def _planned(
-    op: str,
-    invariant: bool,
-    change: Callable[[Any], Any],
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    **kw: Any,
-) -> Any:
-    plan = plan_paged_attention(
-        kw["cu_seqlens_q"],
-        kw["seq_lens"],
-        kw["block_table"],
-        op="prefill" if op == PREFILL else "decode",
-        num_tokens=len(q),
-        max_query_len=int(kw["cu_seqlens_q"].diff().max()),
-        num_q_heads=q.shape[1],
-        num_kv_heads=k_cache.shape[1],
-        head_dim=q.shape[2],
-        block_size=k_cache.shape[2],
-        invariant=invariant,
-    )
-    function = dispatch.implementation(op, dispatch.current_backend())
-    # Every layer of a step uses one plan: what a first call leaves in it must not change a second.
-    first = function(q, k_cache, v_cache, **{**kw, PLAN_NAME[op]: change(plan), "out": None})
-    second = function(q, k_cache, v_cache, **{**kw, PLAN_NAME[op]: change(plan)})
-    out, again = (x[0] if isinstance(x, tuple) else x for x in (first, second))
-    num_tokens = int(kw["cu_seqlens_q"][-1])
-    assert same_bits(out[:num_tokens], again[:num_tokens]), "a plan gives other bits the second time"
-    return second
-
-
-@contextmanager
-def _plans(invariant: bool, change: Callable[[Any], Any] = _same) -> Iterator[None]:
-    with ExitStack() as stack:
-        for op in (PREFILL, DECODE):
-            stack.enter_context(dispatch.override(op, partial(_planned, op, invariant, change)))
-        yield
 
 
 @pytest.mark.parametrize(("op", "shape"), SHAPES, ids=lambda v: v.name if isinstance(v, Shape) else v[16:])
@@ -96,7 +48,7 @@ def test_checks(backend: str, invariant: bool, op: str, shape: Shape, tier: str)
     checks = CHECKS | (EXACT_WINDOW if shape.window is not None else {})
     if backend == "triton" and tier == "test":
         checks = {name: checks[name] for name in READS_THE_LIST}
-    with _plans(invariant):
+    with plans(invariant):
         for check in checks.values():
             check(op, shape)
 
@@ -105,7 +57,7 @@ def test_checks(backend: str, invariant: bool, op: str, shape: Shape, tier: str)
 @pytest.mark.parametrize(("backend", "invariant"), PLANS, indirect=["backend"])
 def test_rounding(backend: str, invariant: bool, op: str, shape: Shape) -> None:
     inputs = gaussian(shape).lay_out()
-    with _plans(invariant):
+    with plans(invariant):
         out = call(op, inputs)
     plain = [attend(inputs, torch.float32)[0] for attend in (oracle.attention, oracle.plain_attention)]
     assert_rounding("attention", out, oracle.attention(inputs)[0], plain)
@@ -129,7 +81,7 @@ def test_an_invariant_row_depends_on_its_own_prefix_alone(
     """To the bit: a row alone, in a prompt, in a chunk, beside others, by either op, over a long context."""
     seqs = ((20, 20), (1, 17), (7, 64), (2, 515))
     batch = gaussian(Shape(seqs, num_kv_heads=num_kv_heads, group_size=group_size, window=window))
-    with _plans(invariant=True):
+    with plans(invariant=True):
         out = call(PREFILL, batch.lay_out())
         for row, s, position in batch.rows[:: count(3, 1)]:
             alone = _row_alone(DECODE, batch, s, row, position)
@@ -143,9 +95,9 @@ def test_an_invariant_row_depends_on_its_own_prefix_alone(
 def test_a_row_depends_on_its_own_prefix_alone(
     backend: str, op: str, seqs: tuple[tuple[int, int], ...], window: int | None, count: Callable[[int, int], int]
 ) -> None:
-    """To the bit within one op: a row alone, in a prompt, in a chunk, beside others."""
+    """To the bit within one op: a row alone, in a prompt, in a chunk, beside others; on Triton by any plan."""
     batch = gaussian(Shape(seqs, num_kv_heads=1, group_size=4, window=window))
-    with _plans(invariant=True):
+    with plans(invariant=backend == "torch"):
         out = call(op, batch.lay_out())
         for row, s, position in batch.rows[:: count(3, 1)]:
             assert same_bits(_row_alone(op, batch, s, row, position), out[row]), f"sequence {s} position {position}"
@@ -154,16 +106,16 @@ def test_a_row_depends_on_its_own_prefix_alone(
 @pytest.mark.parametrize("shape", [shape for op, shape in SHAPES if op == PREFILL], ids=lambda shape: shape.name)
 def test_the_order_of_work_changes_no_bit(backend: str, shape: Shape) -> None:
     inputs = gaussian(shape).lay_out()
-    with _plans(invariant=False):
+    with plans(invariant=False):
         expected = call(PREFILL, inputs)
-    with _plans(invariant=False, change=_other_order):
+    with plans(invariant=False, change=_other_order):
         assert same_bits(call(PREFILL, inputs), expected)
 
 
 def test_the_measure_would_notice(backend: str) -> None:
     """Negative control: one key's last bit, or a neighbouring position, changes the row's bits."""
     batch = gaussian(Shape(((1, 20),)))
-    with _plans(invariant=True):
+    with plans(invariant=True):
         out = call(DECODE, batch.lay_out())
         changed = batch.clone()
         changed.keys[0][3, 0, 0] = torch.nextafter(changed.keys[0][3, 0, 0], torch.tensor(10.0)) + 1e-4
