@@ -17,7 +17,6 @@ from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError, ConfigError
 from .bundled import BUNDLED, BUNDLED_SAMPLING, bundled_path
 from .dummy import fill_dummy
-from .gguf import open_gguf
 from .gguf_config import ROPE_FACTORS, parse_gguf_configs, tokenizer_metadata
 from .hf_config import read_configs
 from .mapping import Source, gguf_sources, hf_sources, match, target_shapes
@@ -206,6 +205,9 @@ def _open_folder(name: str, folder: Path, dummy: bool, seed: int) -> Checkpoint:
 def _open_gguf_checkpoint(
     name: str, path: Path, dummy: bool, seed: int, sampling: Mapping[str, Any] | None = None
 ) -> Checkpoint:
+    # Here, as the package gguf costs start-up time and nothing else needs it.
+    from .gguf import open_gguf
+
     store = open_gguf(path)
     model_config, generation_config = parse_gguf_configs(store.metadata, store)
     return Checkpoint(
