@@ -54,6 +54,10 @@ _WORK: Final[dict[str, Callable[[_Variant], Work]]] = {
     "_scan_kernel": lambda v: Work(bytes=v["BLOCK"] * (v.itemsize("p_logits") + v.itemsize("p_copy"))),
     "_sum_kernel": lambda v: Work(bytes=v["BLOCK"] * v.itemsize("p_logits")),
     "decode_kernel": lambda v: Work(bytes=2 * v["BLOCK_N"] * v["HEAD_DIM"] * v.itemsize("p_k_cache")),
+    "invariant_kernel": lambda v: Work(
+        flop=4 * v["BLOCK_M"] * v["BLOCK_N"] * v["HEAD_DIM"],
+        bytes=2 * v["BLOCK_N"] * v["HEAD_DIM"] * v.itemsize("p_k_cache"),
+    ),
 }
 """Kernel -> its work, from its constants and the sizes of its tensors' elements."""
 

@@ -243,7 +243,13 @@ def attend_invariant(
     out: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute either op as planned, from arguments that it has checked."""
+    """Compute either op as planned, from arguments that it has checked.
+
+    Raises:
+        ValueError: the cache is quantised.
+    """
+    if k_cache.dtype != q.dtype:
+        raise ValueError(f"k_cache is {k_cache.dtype}; an invariant plan takes a cache of q's dtype, {q.dtype}")
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     group_size, items = num_q_heads // num_kv_heads, plan.worklist.items

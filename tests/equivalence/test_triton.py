@@ -16,7 +16,7 @@ from octavo.kernels import current_backend, use_backend
 
 from ..checkpoints import EOS, make_prompts
 from .conftest import MakeLLM
-from .runs import Task, assert_same, run
+from .runs import Task, assert_same, run, run_alone
 
 ON_TRITON = {"backend": "triton", "device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": "float32"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -73,6 +73,28 @@ def test_a_warm_prefix_cache(make_llm: MakeLLM, few_tasks: list[Task], expected:
     warm = run(llm, few_tasks[:2])
     assert_same(warm, expected[:2], bitwise=False)
     assert warm[0].num_cached_tokens == 32
+
+
+def test_invariant_mode(make_llm: MakeLLM) -> None:
+    """A request's tokens and log-probabilities are the same bits in one batch and in chunks, among preemptions."""
+    long, short = make_prompts([37, 6], seed=5)
+    drawn = {"temperature": 1.0, "seed": 7}
+    settings: list[dict[str, Any]] = [{"temperature": 0, "prompt_logprobs": 1}, drawn | {"top_k": 30}]
+    tasks = [
+        Task(prompt, SamplingParams(max_tokens=3, logprobs=2, **one))
+        for prompt, one in zip((long, short), settings, strict=True)
+    ]
+    together = run(make_llm(**ON_TRITON, invariant=True), tasks)
+    for way in list(WAYS.values())[1:]:
+        assert_same(run(make_llm(**ON_TRITON, invariant=True, **way), tasks), together, bitwise=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS | MORE_WAYS)
+def test_all_requests_in_invariant_mode(way: str, make_llm: MakeLLM, few_tasks: list[Task]) -> None:
+    settings = ON_TRITON | {"invariant": True}
+    alone = run_alone(make_llm(**settings, prefix_caching=False), few_tasks)
+    assert_same(run(make_llm(**(settings | (WAYS | MORE_WAYS)[way])), few_tasks), alone, bitwise=True)
 
 
 @pytest.mark.full

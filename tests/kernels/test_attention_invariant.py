@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import calls
 from .allocation import poisoned_allocations
-from .attention_checks import call, same_bits
+from .attention_checks import EXACT, call, same_bits
 from .attention_rounding import check_rounding
 from .backends import takes
 from .paged import Batch, Shape, gaussian
@@ -180,6 +180,22 @@ def test_the_plan_is_of_one_geometry() -> None:
             call(op, inputs, **{name: plan})
 
 
+def test_a_quantised_cache_is_named() -> None:
+    inputs = gaussian(Shape(((1, 5),))).lay_out()
+    scales = torch.ones(inputs["k_cache"].shape[:3])
+    inputs |= {"k_cache": inputs["k_cache"].to(torch.int8), "v_cache": inputs["v_cache"].to(torch.int8)}
+    for op in OPS:
+        with plans(invariant=True), pytest.raises(ValueError, match=r"k_cache is torch\.int8; .* a cache of q's dtype"):
+            call(op, {**inputs, "k_scale": scales, "v_scale": scales})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_group_of_more_heads_than_rows(op: str) -> None:
+    """71 heads are two tiles of 36, whose last row is idle."""
+    with plans(invariant=True, repeat=False):
+        EXACT["needle"](op, Shape(((3, 5), (1, 2)), num_kv_heads=1, group_size=71, head_dim=16))
+
+
 def test_settings_depend_on_the_geometry_alone() -> None:
     for arch in (80, 90, 100):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -213,7 +229,7 @@ CASES = [
     pytest.param(op, case, id=f"{op[16:]}-{case.name}", marks=[] if case.name in SMALL else pytest.mark.full)
     for op in OPS
     for case in load_specs()[op].cases
-    if case.tier != "bench" and takes("triton", (case,))
+    if case.tier != "bench" and case.get("cache") is None and takes("triton", (case,))
 ]
 
 

@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,12 @@ from octavo.kernels import dispatch
 from octavo.kernels.spec import Case, load_specs
 
 from tests.kernels import attention_checks, kv_cache_checks, mlp_checks, norm_checks
+from tests.kernels import test_attention_invariant as invariant
 from tests.kernels.attention_rounding import check_rounding
 from tests.kernels.backends import takes
 from tests.kernels.calls import INTERPRETER
 from tests.kernels.paged import Shape
+from tests.kernels.planned import plans
 from tests.kernels.sampling import checks as sample_checks
 from tests.kernels.sampling import test_logprobs
 
@@ -57,6 +59,15 @@ _SHAPES: Final = {
 }
 
 
+_INVARIANT: Final = ".attention.invariant_triton"
+_INVARIANT_SHAPES: Final = (
+    (DECODE, Shape(((2, 40), (1, 5), (0, 3)), num_kv_heads=3, group_size=3, window=7, dtype=torch.float16)),
+    (PREFILL, Shape(((1, 1), (33, 33), (3, 65)), dtype=torch.float16, group_size=3)),
+    (DECODE, Shape(((1, 1030), (2, 513)), num_kv_heads=1, group_size=1, block_size=64)),
+    (PREFILL, Shape(((5, 60), (30, 100)), num_kv_heads=1, group_size=3, window=18, head_dim=80)),
+)
+
+
 def _param_checks(name: str, cases: tuple[Case, ...] | list[Case], check: object) -> Checks:
     cases = [case for case in cases if takes("triton", (case,))]
     return tuple((f"{name}: {case.name}", partial(check, case)) for case in cases)  # type: ignore[arg-type]
@@ -76,6 +87,34 @@ def _attention_checks(op: str) -> Checks:
     for name, check in attention_checks.INVARIANCE.items():
         named.append((f"invariance: {name}", partial(check, op, _SHAPES[op][0])))
     return tuple(named)  # type: ignore[arg-type]
+
+
+def _planned(check: Callable[..., None], *arguments: object) -> None:
+    with plans(invariant=True, repeat=False):
+        check(*arguments)
+
+
+def _invariant_checks() -> Checks:
+    """Return what both ops must satisfy with invariant plans, quick checks first."""
+    exact = attention_checks.EXACT | attention_checks.EXACT_WINDOW
+    found: list[tuple[str, Callable[[], None]]] = []
+    for op, shape in _INVARIANT_SHAPES:
+        names = attention_checks.EXACT if shape.window is None else exact
+        found += [
+            (f"exact: {name}", partial(_planned, check, op, shape))
+            for name, check in names.items()
+            if name != "quantised_needle"
+        ]
+    for dtype in (torch.float16, torch.float32):
+        found.append(("invariance: drafts", partial(invariant.test_a_verified_draft_keeps_its_bits, dtype)))
+        found.append(("invariance: batches", partial(invariant.test_batch_and_order_change_no_bit, dtype)))
+        found.append(("invariance: features", partial(invariant.test_features_keep_their_bits, "all", dtype)))
+        for length, window in invariant.ENDS:
+            found.append(("invariance: splits", partial(invariant.test_splits_keep_their_bits, dtype, length, window)))
+    found.append(("exact: many heads", partial(invariant.test_a_group_of_more_heads_than_rows, DECODE)))
+    for op, case in (param.values for param in invariant.CASES if not param.marks):
+        found.append((f"rounding: {case.name}", partial(invariant.test_rounding, op, case)))
+    return tuple(found)
 
 
 def _logprob_checks() -> Checks:
@@ -193,6 +232,8 @@ def mutants() -> list[Mutant]:
     for group in patches().values():
         for patch in group:
             checks = tuple(check for op in ops_of(patch.module) for check in _checks(op))
+            if patch.module == _INVARIANT:  # which the ops use for invariant plans only
+                checks = _invariant_checks()
             name = f"triton{patch.module.removesuffix('_triton')}: {patch.name}"
             found.append(Mutant(name, patch.meaning, partial(planted, patch), checks))
     return found
@@ -209,4 +250,5 @@ def a_handful() -> list[Mutant]:
 def healthy() -> list[Mutant]:
     """Return the kernels as they are, op by op: every check must pass."""
     ops = [op for op, where in dispatch.OPS.items() if "triton" in where and _checks(op)]
-    return [Mutant(f"triton: {op}", "", partial(planted, None), _checks(op)) for op in ops]
+    found = [Mutant(f"triton: {op}", "", partial(planted, None), _checks(op)) for op in ops]
+    return [*found, Mutant("triton: invariant plans", "", partial(planted, None), _invariant_checks())]
