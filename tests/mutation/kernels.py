@@ -158,21 +158,22 @@ def _path(module: str) -> Path:
     return Path(octavo.kernels.__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
 
 
-def _imports(module: str) -> set[str]:
-    """Return the kernel modules of its own folder that a module needs, itself included."""
-    found, new = set(), {module}
+def _imports(module: str) -> dict[str, int]:
+    """Return the kernel modules of its own folder that a module needs, by how many imports away; itself is 0."""
+    folder = module.rpartition(".")[0]
+    found, new = {}, {module}
     while new:
-        found |= new
-        folder = module.rpartition(".")[0]
+        found |= dict.fromkeys(new, max(found.values(), default=-1) + 1)
         names = {name for at in new for name in re.findall(r"from \.(\w+_triton) import", _path(at).read_text())}
-        new = {f"{folder}.{name}" for name in names} - found
+        new = {f"{folder}.{name}" for name in names} - found.keys()
     return found
 
 
 def ops_of(module: str) -> list[str]:
-    """Return the ops whose kernels are in this module, then those that use it."""
-    used = [op for op, where in dispatch.OPS.items() if "triton" in where and module in _imports(where["triton"])]
-    return sorted(used, key=lambda op: dispatch.OPS[op]["triton"] != module)
+    """Return the ops whose kernels are in this module or use it, those that use it most directly first."""
+    distance = {op: _imports(where["triton"]).get(module) for op, where in dispatch.OPS.items() if "triton" in where}
+    used = [(far, op) for op, far in distance.items() if far is not None]
+    return [op for _, op in sorted(used, key=lambda pair: pair[0])]
 
 
 @contextmanager
