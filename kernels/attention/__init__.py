@@ -9,6 +9,7 @@ not the blocks its window has left. Query rows from `cu_seqlens_q[-1]` on belong
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -16,9 +17,30 @@ from torch import Tensor
 from ..dispatch import active
 from .gather import SPLIT_TOKENS
 
-__all__ = ["SPLIT_TOKENS", "AttentionOp", "paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"]
+__all__ = [
+    "SPLIT_TOKENS",
+    "AttentionOp",
+    "SharedPrefixes",
+    "paged_attention_decode",
+    "paged_attention_prefill",
+    "plan_paged_attention",
+]
 
 AttentionOp = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SharedPrefixes:
+    """Which sequences of a step begin with the same keys, in whole splits of `SPLIT_TOKENS`; on the host.
+
+    A split is shared as far as it lies before all query rows of a sequence; what is not can be claimed and is not used.
+    """
+
+    leaders: Tensor
+    """[num_seqs] int32, CPU: a sequence of the same group, the same for all its members; any number outside of groups.
+    The blocks of shared splits are alike in every member's row of the block table."""
+    num_splits: Tensor
+    """[num_seqs] int32, CPU: how many leading splits the members of a sequence's group share; 0: it is in no group."""
 
 
 def plan_paged_attention(
@@ -35,6 +57,7 @@ def plan_paged_attention(
     block_size: int,
     max_splits: int | None = None,
     invariant: bool = False,
+    shared: SharedPrefixes | None = None,
 ) -> Any:
     """Prepare one attention call for all layers of a step; pass the result as `plan` (decode) or `worklist` (prefill).
 
@@ -47,6 +70,8 @@ def plan_paged_attention(
         max_splits: how many splits of `SPLIT_TOKENS` the sequences have together at most; bounds the scratch. None:
             what the shapes allow.
         invariant: a row's bits shall depend on its own prefix alone, not on neighbours, chunks or cache hits.
+        shared: what decode may read once for several sequences. A backend may ignore it, and does if `invariant`: rows
+            with shared keys are computed by other tiles.
 
     Returns:
         What the backend in force wants to know; opaque to callers.
@@ -64,6 +89,7 @@ def plan_paged_attention(
         block_size=block_size,
         max_splits=max_splits,
         invariant=invariant,
+        shared=shared,
     )
 
 

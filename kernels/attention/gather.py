@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from . import AttentionOp
+    from . import AttentionOp, SharedPrefixes
 
 __all__ = ["SPLIT_TOKENS", "TILE_ROWS", "PagedPlan", "attend", "plan_blocks", "plan_paged_attention"]
 
@@ -124,6 +124,7 @@ def plan_paged_attention(
     block_size: int,
     max_splits: int | None = None,
     invariant: bool = False,
+    shared: SharedPrefixes | None = None,
 ) -> PagedPlan:
     """See `octavo.kernels.plan_paged_attention`: one plan serves both ops, shaped by lengths and blocks alone."""
     return plan_blocks(

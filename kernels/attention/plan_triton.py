@@ -22,7 +22,8 @@ from .gather import SPLIT_TOKENS
 from .reference import MAX_DECODE_QUERY_LEN
 
 if TYPE_CHECKING:
-    from . import AttentionOp
+    from . import AttentionOp, SharedPrefixes
+    from .cascade_triton import SharedWork
 
 __all__ = ["DecodePlan", "plan_decode", "plan_paged_attention"]
 
@@ -52,6 +53,8 @@ class DecodePlan:
     max_query_len: int
     may_split: bool
     """Whether the shapes let a sequence have several splits."""
+    shared: SharedWork | None
+    """What is done for several sequences at once; None: nothing."""
 
     def serves(self, num_seqs: int, num_q_heads: int, head_dim: int) -> bool:
         """Whether this plan was made for a batch of these shapes."""
@@ -117,15 +120,18 @@ def plan_decode(
     block_size: int,
     max_splits: int | None = None,
     fused: bool = False,
+    shared: SharedWork | None = None,
 ) -> DecodePlan:
     """Plan a step's decode attention on the device; see `octavo.kernels.plan_paged_attention`.
 
     Args:
         fused: let the last of a sequence's splits merge them all, instead of a second launch.
+        shared: what is done for several sequences at once: nobody counts it, so not together with `fused`.
 
     Raises:
         ValueError: decode does not take so many query tokens.
     """
+    assert not (fused and shared is not None), "the last split would wait for shared ones"
     num_seqs = seq_lens.shape[0]
     longest = max_query_len
     if num_seqs and cu_seqlens_q.device.type == "cpu":  # no device to wait for, so what is there can be looked at
@@ -147,6 +153,7 @@ def plan_decode(
         counters=torch.zeros((num_seqs, num_rows), dtype=torch.int32, device=device) if fused else None,
         max_query_len=max_query_len,
         may_split=splits_per_seq > 1,
+        shared=shared,
     )
     if num_seqs:
         plan_decode_kernel[(num_seqs,)](
@@ -178,9 +185,10 @@ def plan_paged_attention(
     block_size: int,
     max_splits: int | None = None,
     invariant: bool = False,
+    shared: SharedPrefixes | None = None,
 ) -> Any:
-    """See `octavo.kernels.plan_paged_attention`. A decoded row's bits depend on its own prefix alone in any case, but
-    are those of the same row in a prompt only if `invariant`.
+    """See `octavo.kernels.plan_paged_attention`. Where nothing is shared, a decoded row's bits depend on its own prefix
+    alone in any case, but are those of the same row in a prompt only if `invariant`.
     """
     if invariant:
         from .invariant_triton import plan_invariant
@@ -198,6 +206,12 @@ def plan_paged_attention(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
         )
+    work = None
+    if shared is not None:
+        from .cascade_triton import plan_shared
+
+        rows_per_seq = max_query_len * (num_q_heads // num_kv_heads)
+        work = plan_shared(shared, rows_per_seq=rows_per_seq, num_seqs=len(seq_lens), device=seq_lens.device)
     return plan_decode(
         cu_seqlens_q,
         seq_lens,
@@ -207,4 +221,5 @@ def plan_paged_attention(
         head_dim=head_dim,
         block_size=block_size,
         max_splits=max_splits,
+        shared=work,
     )
