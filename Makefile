@@ -11,7 +11,7 @@ bin := $(venv)/bin
 stamp := $(venv)/.installed
 typing := .typing/octavo
 # Not `python -m pytest`: that puts the root on sys.path, and kernels/ would pass for the package of that name.
-pytest := OMP_NUM_THREADS=1 $(bin)/pytest -q --durations=5 --durations-min=5
+pytest := OMP_NUM_THREADS=1 $(bin)/pytest -q -n 2 --dist worksteal --durations=5 --durations-min=5
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
