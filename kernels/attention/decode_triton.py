@@ -20,11 +20,21 @@ from ..common.checks import check_attention, check_positive, check_shape
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .combine_triton import combine_kernel, live_splits, merge_splits, store_rows
 from .gather import SPLIT_TOKENS
+from .invariant_triton import InvariantPlan, attend_invariant
 from .plan_triton import DecodePlan, plan_decode
+from .quantised_triton import (
+    attend_pairs,
+    cache_pairs,
+    join_pairs,
+    layer_scale,
+    no_pairs,
+    score_pairs,
+    split_queries,
+)
 from .reference import MAX_DECODE_QUERY_LEN
 from .tile_triton import LOG2E, capped, check_supported, key_rows, load_rows, softmax_step
 
-__all__ = ["DecodeConfig", "attend_split", "config", "decode_kernel", "paged_attention_decode"]
+__all__ = ["DecodeConfig", "config", "decode_kernel", "paged_attention_decode"]
 
 
 _MAX_REGISTERS: Final = {4: 128, 3: 168, 2: 255}
@@ -56,6 +66,7 @@ def config(
     head_dim: int,
     dtype: torch.dtype,
     draft: bool,
+    quantised: bool,
     target: Target,
 ) -> DecodeConfig:
     """Choose how decode is launched; a row's bits do not depend on the choice.
@@ -70,22 +81,28 @@ def config(
     # The most programs that spill no registers; each has one tile of keys and values on its way.
     elements = block_h * next_power_of_2(head_dim)
     programs_per_sm = 2 if exact or draft or elements > 2048 else 3 if elements > 1024 else 4
+    if exact and quantised:  # both halves of keys and values, in float32, take registers
+        block_n, num_warps = 16, 8 if wide else 4
+    else:
+        block_n, num_warps = 32 if wide else 64, 4
     return DecodeConfig(
         block_h,
-        block_n=32 if wide else 64,
+        block_n=block_n,
         num_tiles=num_tiles,
-        num_programs=max(1, target.num_sms * programs_per_sm // (num_kv_heads * num_tiles)),
+        num_programs=max(1, target.num_sms * programs_per_sm * 4 // (num_warps * num_kv_heads * num_tiles)),
         max_registers=_MAX_REGISTERS[programs_per_sm],
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=3,
     )
 
 
 @triton.jit
-def attend_split(
+def _attend_split(
     b_q,
     p_keys,
     p_values,
+    k_scale,
+    v_scale,
     p_blocks,
     b_draft,
     o_position,
@@ -95,7 +112,7 @@ def attend_split(
     scale,
     soft_cap,
     window,
-    BLOCK_STRIDE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,26 +121,39 @@ def attend_split(
     """Return the softmax's state over keys i_low to i_high: values [BLOCK_H, BLOCK_D], maximum and sum [BLOCK_H].
 
     Args:
-        b_q: [BLOCK_H, BLOCK_D].  b_draft, o_position: [BLOCK_H], each row's draft mask, or None, and position.
-        i_first: position of the sequence's first query token.
+        b_q: [BLOCK_H, BLOCK_D].  k_scale, v_scale: None; int8: where slot 0's is; e4m3: the layer's.
+        b_draft, o_position: [BLOCK_H], each row's draft mask, or None, and position.
+        i_first: position of the sequence's first query token.  SLOT_STRIDE: slots from a block to the next.
     """
     BLOCK_H: tl.constexpr = b_q.shape[0]
     BLOCK_D: tl.constexpr = b_q.shape[1]
-    o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    WIDE: tl.constexpr = b_q.dtype == tl.float32
+    QUANTISED: tl.constexpr = p_keys.dtype.element_ty.is_int()
     factor = scale * LOG2E
     if soft_cap is not None:
         factor = 1.0
     b_max = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_H,), tl.float32)
-    b_acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    if QUANTISED:
+        b_q = split_queries(b_q)
+        b_acc = no_pairs(BLOCK_H, BLOCK_D)
+        o_dim = tl.arange(0, BLOCK_D // 2)  # [BLOCK_D / 2], pairs
+    else:
+        b_acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+        o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     for i_key in tl.range(i_low // BLOCK_N * BLOCK_N, i_high, BLOCK_N, num_stages=NUM_STAGES):
         o_key = i_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # Lanes beyond either end repeat a key that is seen: their weight is 0, and 0 times a real value is 0.
         o_seen = tl.minimum(tl.maximum(o_key, i_low), i_high - 1)  # [BLOCK_N]
-        o_slot = key_rows(p_blocks, o_seen, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM)  # [BLOCK_N]
-        b_keys = load_rows(p_keys, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-        b_values = load_rows(p_values, o_slot, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-        b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
+        o_slot = key_rows(p_blocks, o_seen, SLOT_STRIDE, BLOCK_SIZE, 1)  # [BLOCK_N]
+        if QUANTISED:
+            b_keys = load_rows(p_keys, o_slot * (HEAD_DIM // 2), None, o_dim, HEAD_DIM // 2)  # [BLOCK_N, BLOCK_D / 2]
+            b_values = load_rows(p_values, o_slot * (HEAD_DIM // 2), None, o_dim, HEAD_DIM // 2)
+            b_scores = score_pairs(b_q, b_keys, k_scale, o_slot)  # [BLOCK_H, BLOCK_N]
+        else:
+            b_keys = load_rows(p_keys, o_slot * HEAD_DIM, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            b_values = load_rows(p_values, o_slot * HEAD_DIM, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
         if soft_cap is not None:
             b_scores = capped(b_scores, scale / soft_cap, soft_cap)
         m_seen = o_key[None, :] <= o_position[:, None]  # no tile crosses a split's end, no position a length's
@@ -135,20 +165,27 @@ def attend_split(
             m_seen &= (o_draft < 0)[None, :] | (m_draft == 1)
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
         b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, True)
-        b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
+        if QUANTISED:
+            b_acc = attend_pairs(b_weights, b_values, b_acc, b_rescale, v_scale, o_slot, WIDE)
+        else:
+            b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
+    if QUANTISED:
+        b_acc = join_pairs(b_acc, v_scale, p_keys.dtype.element_ty == tl.int16, WIDE)
     return b_acc, b_max, b_sum
 
 
 @triton.jit(
     do_not_specialize=[
-        "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "p_draft_mask", "window", "num_seqs", "max_query_len",
-        "table_stride",
+        "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "p_draft_mask", "k_scale", "v_scale", "window", "num_seqs",
+        "max_query_len", "table_stride",
     ]
 )  # fmt: skip
 def decode_kernel(
     p_q,
     p_k_cache,
     p_v_cache,
+    k_scale,
+    v_scale,
     p_out,
     p_lse,
     p_partial,
@@ -192,8 +229,14 @@ def decode_kernel(
     o_row_token = o_row // GROUP_SIZE  # [BLOCK_H] from the sequence's first query token
     o_head = i_kv_head * GROUP_SIZE + o_row % GROUP_SIZE  # [BLOCK_H]
     o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
-    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    ROW: tl.constexpr = HEAD_DIM // 2 if p_k_cache.dtype.element_ty.is_int() else HEAD_DIM  # a quantised one is pairs
+    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * ROW)
+    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * ROW)
+    if p_k_cache.dtype.element_ty == tl.int16:
+        k_scale += i_kv_head * BLOCK_SIZE
+        v_scale += i_kv_head * BLOCK_SIZE
+    elif p_k_cache.dtype.element_ty == tl.uint16:
+        k_scale, v_scale = layer_scale(k_scale), layer_scale(v_scale)
     for i_item in tl.range(tl.program_id(0), tl.load(p_cu_splits + num_seqs), tl.num_programs(0), num_stages=1):
         i_seq = tl.load(p_item_seqs + i_item)
         i_split = i_item - tl.load(p_cu_splits + i_seq)
@@ -213,9 +256,9 @@ def decode_kernel(
             i_low = tl.maximum(i_split * SPLIT_TOKENS, i_oldest)
             i_high = tl.minimum((i_split + 1) * SPLIT_TOKENS, seq_len)
             p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
-            b_acc, b_max, b_sum = attend_split(
-                b_q, p_keys, p_values, p_blocks, b_draft, i_first + o_row_token, i_first, i_low, i_high, scale,
-                soft_cap, window, NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_N, NUM_STAGES,
+            b_acc, b_max, b_sum = _attend_split(
+                b_q, p_keys, p_values, k_scale, v_scale, p_blocks, b_draft, i_first + o_row_token, i_first, i_low,
+                i_high, scale, soft_cap, window, NUM_KV_HEADS * BLOCK_SIZE, BLOCK_SIZE, HEAD_DIM, BLOCK_N, NUM_STAGES,
             )  # fmt: skip
             if num_splits - i_first_split <= 1:
                 store_rows(
@@ -291,10 +334,7 @@ def paged_attention_decode(
     group_size, num_seqs = num_q_heads // num_kv_heads, seq_lens.shape[0]
     if draft_mask is not None:
         check_shape("draft_mask", draft_mask, (num_tokens,))
-    if plan is not None and not isinstance(plan, DecodePlan):
-        from .invariant_triton import InvariantPlan, attend_invariant  # which attends to a split as decode does
-
-        assert isinstance(plan, InvariantPlan), "the plan is of another backend or op"
+    if isinstance(plan, InvariantPlan):
         return attend_invariant(
             q,
             k_cache,
@@ -321,6 +361,7 @@ def paged_attention_decode(
             head_dim=head_dim,
             block_size=block_size,
         )
+    assert isinstance(plan, DecodePlan), "the plan is of another backend or op"
     assert plan.serves(num_seqs, num_q_heads, head_dim), "the plan is of another step or model"
     settings = config(
         group_size=group_size,
@@ -329,6 +370,7 @@ def paged_attention_decode(
         head_dim=head_dim,
         dtype=q.dtype,
         draft=draft_mask is not None,
+        quantised=k_cache.dtype != q.dtype,
         target=target(q.device),
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
@@ -336,8 +378,10 @@ def paged_attention_decode(
     if num_tokens and num_seqs:
         decode_kernel[min(settings.num_programs, len(plan.item_seqs)), num_kv_heads * settings.num_tiles](
             q,
-            k_cache,
-            v_cache,
+            cache_pairs(k_cache),
+            cache_pairs(v_cache),
+            k_scale,
+            v_scale,
             out,
             lse,
             plan.partial,

@@ -14,6 +14,15 @@ from torch import Tensor
 from ..common.checks import check_attention, check_positive
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .invariant_triton import InvariantPlan, attend_invariant
+from .quantised_triton import (
+    attend_pairs,
+    cache_pairs,
+    join_pairs,
+    layer_scale,
+    no_pairs,
+    score_pairs,
+    split_queries,
+)
 from .tile_triton import LOG2E, capped, check_supported, finish, load_rows, slot_rows, softmax_step
 from .worklist_triton import heads_per_tile, list_work, tokens_per_item
 
@@ -75,6 +84,8 @@ def _attend_keys(
     b_q,
     p_keys,
     p_values,
+    k_scale,
+    v_scale,
     p_blocks,
     o_position,
     first,
@@ -85,7 +96,7 @@ def _attend_keys(
     window,
     soft_cap,
     MASKED: tl.constexpr,
-    BLOCK_STRIDE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -95,11 +106,14 @@ def _attend_keys(
 
     Args:
         first: a multiple of BLOCK_N: the order in which keys are summed depends on positions alone.
+        b_acc, b_q: [BLOCK_M, BLOCK_D]; of a quantised cache what `no_pairs` and `split_queries` return.
+        k_scale, v_scale: None; int8: where slot 0's is; e4m3: the layer's.
         lowest, highest: the outermost keys that any row sees; MASKED reads them where a lane is outside.
         MASKED: whether some row may not see some of the keys.
     """
+    QUANTISED: tl.constexpr = p_keys.dtype.element_ty.is_int()
     o_tile = tl.arange(0, BLOCK_N)
-    o_dim = tl.arange(0, BLOCK_D)
+    o_dim = tl.arange(0, BLOCK_D // 2 if QUANTISED else BLOCK_D)  # elements, or pairs
     # Looked up one tile ahead: rows whose address is known when an iteration starts can be fetched tiles in advance.
     b_block = _tile_blocks(p_blocks, first, lowest, highest, True, BLOCK_SIZE, BLOCK_N)
     for i_key in range(first, stop, BLOCK_N):
@@ -107,13 +121,17 @@ def _attend_keys(
         o_read = o_key
         if MASKED:
             o_read = tl.minimum(tl.maximum(o_key, lowest), highest)
-        o_row = slot_rows(b_block, o_read, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM)
+        o_slot = slot_rows(b_block, o_read, SLOT_STRIDE, BLOCK_SIZE, 1)  # [BLOCK_N]
         i_next = i_key + BLOCK_N
         if not MASKED:
             i_next = tl.minimum(i_next, stop - BLOCK_N)  # whole tiles: no lane of the last one needs a clamp
         b_block = _tile_blocks(p_blocks, i_next, lowest, highest, MASKED, BLOCK_SIZE, BLOCK_N)
-        b_keys = load_rows(p_keys, o_row, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-        b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if QUANTISED:
+            b_keys = load_rows(p_keys, o_slot * (HEAD_DIM // 2), None, o_dim, HEAD_DIM // 2)  # [BLOCK_N, BLOCK_D / 2]
+            b_scores = score_pairs(b_q, b_keys, k_scale, o_slot)  # [BLOCK_M, BLOCK_N]
+        else:
+            b_keys = load_rows(p_keys, o_slot * HEAD_DIM, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         factor = scale * LOG2E
         if soft_cap is not None:
             b_scores = capped(b_scores, scale / soft_cap, soft_cap)
@@ -124,17 +142,25 @@ def _attend_keys(
                 m_visible &= o_key[None, :] > o_position[:, None] - window
             b_scores = tl.where(m_visible, b_scores, float("-inf"))
         b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, MASKED)
-        b_values = load_rows(p_values, o_row, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-        b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
+        if QUANTISED:
+            b_values = load_rows(p_values, o_slot * (HEAD_DIM // 2), None, o_dim, HEAD_DIM // 2)
+            b_acc = attend_pairs(b_weights, b_values, b_acc, b_rescale, v_scale, o_slot, b_q[0].dtype == tl.float32)
+        else:
+            b_values = load_rows(p_values, o_slot * HEAD_DIM, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
     return b_acc, b_max, b_sum
 
 
 # Metadata may be a slice from any row on: its alignment is no reason to compile again.
-@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "p_block_table", "table_stride", "window"])
+@triton.jit(
+    do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "p_block_table", "k_scale", "v_scale", "table_stride", "window"]
+)
 def _prefill(
     p_q,
     p_k_cache,
     p_v_cache,
+    k_scale,
+    v_scale,
     p_out,
     p_lse,
     p_sinks,
@@ -167,7 +193,9 @@ def _prefill(
     BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
     PARTS: tl.constexpr = (ITEM_TOKENS + BLOCK_Q - 1) // BLOCK_Q
     HEAD_TILES: tl.constexpr = (GROUP_SIZE + HEADS - 1) // HEADS
-    BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    QUANTISED: tl.constexpr = p_k_cache.dtype.element_ty.is_int()
+    WIDE: tl.constexpr = p_q.dtype.element_ty == tl.float32
+    ROW: tl.constexpr = HEAD_DIM // 2 if QUANTISED else HEAD_DIM  # pairs, or elements
     p_item = p_items + tl.program_id(0) // PARTS * 2
     i_seq = tl.load(p_item)
     if i_seq < 0:  # more programs than work: the host knows only a bound
@@ -196,7 +224,11 @@ def _prefill(
     o_dim = tl.arange(0, BLOCK_D)
     b_q = load_rows(p_q, o_global * q_row_stride + o_head * HEAD_DIM, m_row, o_dim, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
 
-    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if QUANTISED:
+        b_q = split_queries(b_q)
+        b_acc = no_pairs(BLOCK_M, BLOCK_D)
+    else:
+        b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     if p_sinks is not None:
@@ -216,8 +248,14 @@ def _prefill(
         lowest = tl.maximum(position - window + 1, 0)
         lead = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, end)
     highest = tl.maximum(end - 1, 0)
-    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
-    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)
+    p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * ROW)
+    p_values = p_v_cache + i_kv_head * (BLOCK_SIZE * ROW)
+    INT8: tl.constexpr = p_k_cache.dtype.element_ty == tl.int16
+    if INT8:
+        k_scale += i_kv_head * BLOCK_SIZE
+        v_scale += i_kv_head * BLOCK_SIZE
+    elif QUANTISED:
+        k_scale, v_scale = layer_scale(k_scale), layer_scale(v_scale)
     p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
     for PASS in tl.static_range(0 if window is not None else 1, 3):
         if PASS == 0:
@@ -227,10 +265,13 @@ def _prefill(
         else:
             first, stop = tl.maximum(lead, full), end
         b_acc, b_max, b_sum = _attend_keys(
-            b_acc, b_max, b_sum, b_q, p_keys, p_values, p_blocks, o_position, first, stop, lowest, highest,
-            scale, window, soft_cap, PASS != 1, BLOCK_STRIDE, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+            b_acc, b_max, b_sum, b_q, p_keys, p_values, k_scale, v_scale, p_blocks, o_position, first, stop, lowest,
+            highest, scale, window, soft_cap, PASS != 1, NUM_KV_HEADS * BLOCK_SIZE, BLOCK_SIZE, HEAD_DIM, BLOCK_D,
+            BLOCK_N,
         )  # fmt: skip
 
+    if QUANTISED:
+        b_acc = join_pairs(b_acc, v_scale, INT8, WIDE)
     b_out, b_lse = finish(b_acc, b_max, b_sum)
     m_out = m_row[:, None]
     if BLOCK_D > HEAD_DIM:
@@ -312,8 +353,10 @@ def paged_attention_prefill(
         num_programs = len(worklist.items) * cdiv(item_tokens, settings.block_q)
         _prefill[num_programs, num_kv_heads * cdiv(group_size, settings.heads)](
             q,
-            k_cache,
-            v_cache,
+            cache_pairs(k_cache),
+            cache_pairs(v_cache),
+            k_scale,
+            v_scale,
             out,
             lse,
             sinks,

@@ -122,11 +122,13 @@ def check_supported(q: Tensor, k_cache: Tensor, out: Tensor | None) -> None:
     """
     if q.dtype not in _DTYPES:
         raise ValueError(f"q is {q.dtype}; the triton backend takes float32, float16 and bfloat16")
-    if k_cache.dtype != q.dtype:
-        raise ValueError(f"k_cache is {k_cache.dtype}; the triton backend takes a cache of q's dtype, {q.dtype}")
+    if k_cache.dtype not in (q.dtype, torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"k_cache is {k_cache.dtype}; the triton backend takes a cache of q's dtype, int8 or e4m3")
     block_size, head_dim = k_cache.shape[2:]
     if block_size not in _BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size}; the triton backend takes {', '.join(map(str, _BLOCK_SIZES))}")
+    if k_cache.dtype != q.dtype and head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; the triton backend takes a quantised cache of an even one")
     if not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}; the triton backend takes {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}")
     for name, x in (("q", q), ("out", out)):

@@ -99,6 +99,8 @@ def _check_scales(k_cache: Tensor, k_scale: Tensor | float | None, v_scale: Tens
             if not isinstance(value, Tensor) or value.dtype != torch.float32:
                 raise ValueError(f"{name} of an int8 cache must be a float32 tensor")
             check_shape(name, value, tuple(k_cache.shape[:3]))
+            if not value.is_contiguous():
+                raise ValueError(f"{name} has strides {value.stride()}; it must be contiguous")
     else:
         for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
             if isinstance(value, Tensor) and value.numel() != 1:

@@ -12,7 +12,7 @@ from .calls import INTERPRETER
 from .paged import Shape
 
 TRITON_BLOCK_SIZES: Final = (16, 32, 64, 128)
-_REFUSED: Final = ("float64", torch.float64, "quantised_needle")
+_REFUSED: Final = ("float64", torch.float64)
 _TILE: Final = 64
 MAX_TILES: Final = 20
 """Tiles of keys that one call of a check may walk in the small tier, of which a check makes up to ten."""
@@ -26,10 +26,7 @@ def _num_tiles(shape: Shape) -> int:
 
 
 def _takes_case(case: Case) -> bool:
-    if case.dtype in _REFUSED or case.get("block_size", 16) not in TRITON_BLOCK_SIZES:
-        return False
-    # Attention reads caches of q's dtype; write_kv, whose cases have no sequences, writes all kinds.
-    return "seqs" not in case.values or case.get("cache") is None
+    return case.dtype not in _REFUSED and case.get("block_size", 16) in TRITON_BLOCK_SIZES
 
 
 def takes(backend: str, values: Iterable[Any], *, small: bool = False) -> bool:
