@@ -97,7 +97,10 @@ def _planned(check: Callable[..., None], *arguments: object) -> None:
 def _invariant_checks() -> Checks:
     """Return what both ops must satisfy with invariant plans, quick checks first."""
     exact = attention_checks.EXACT | attention_checks.EXACT_WINDOW
-    found: list[tuple[str, Callable[[], None]]] = []
+    cases = [param.values for param in invariant.CASES if not param.marks]
+    found: list[tuple[str, Callable[[], None]]] = [
+        (f"rounding: {case.name}", partial(invariant.test_rounding, op, case)) for op, case in cases
+    ]
     for op, shape in _INVARIANT_SHAPES:
         names = attention_checks.EXACT if shape.window is None else exact
         found += [
@@ -112,8 +115,6 @@ def _invariant_checks() -> Checks:
         for length, window in invariant.ENDS:
             found.append(("invariance: splits", partial(invariant.test_splits_keep_their_bits, dtype, length, window)))
     found.append(("exact: many heads", partial(invariant.test_a_group_of_more_heads_than_rows, DECODE)))
-    for op, case in (param.values for param in invariant.CASES if not param.marks):
-        found.append((f"rounding: {case.name}", partial(invariant.test_rounding, op, case)))
     return tuple(found)
 
 
