@@ -71,6 +71,8 @@ class CascadeConfig:
     """Keys of a tile; divides SPLIT_TOKENS."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """None: as many as let two programs run on a multiprocessor, if need be by spilling."""
 
 
 def config(*, head_dim: int, dtype: torch.dtype, target: Target) -> CascadeConfig:
@@ -79,7 +81,9 @@ def config(*, head_dim: int, dtype: torch.dtype, target: Target) -> CascadeConfi
         return CascadeConfig(block_n=16, num_warps=8, num_stages=2)
     if head_dim > 128:
         return CascadeConfig(block_n=32 if target.arch == 90 else 16, num_warps=8, num_stages=2)
-    return CascadeConfig(block_n=64, num_warps=4 if target.arch == 90 else 8, num_stages=3)
+    if target.arch == 90:
+        return CascadeConfig(block_n=64, num_warps=4, num_stages=3)
+    return CascadeConfig(block_n=64, num_warps=8, num_stages=3, max_registers=255 if target.arch == 80 else None)
 
 
 def plan_shared(shared: SharedPrefixes, *, rows_per_seq: int, num_seqs: int, device: torch.device) -> SharedWork | None:
@@ -327,5 +331,6 @@ def attend_shared(
         BLOCK_D=next_power_of_2(head_dim),
         NUM_STAGES=settings.num_stages,
         num_warps=settings.num_warps,
+        maxnreg=settings.max_registers,
         enable_fp_fusion=True,
     )

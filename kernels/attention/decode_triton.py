@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common.checks import check_attention, check_positive, check_shape
 from ..common.launch import Target, cdiv, next_power_of_2, target
+from .cascade_triton import attend_shared, shares_split
 from .combine_triton import combine_kernel, live_splits, merge_splits, store_rows
 from .gather import SPLIT_TOKENS
 from .invariant_triton import InvariantPlan, attend_invariant
@@ -176,8 +177,8 @@ def _attend_split(
 
 @triton.jit(
     do_not_specialize=[
-        "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "p_draft_mask", "k_scale", "v_scale", "window", "num_seqs",
-        "max_query_len", "table_stride",
+        "p_num_shared", "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "p_draft_mask", "k_scale", "v_scale", "window",
+        "num_seqs", "max_query_len", "table_stride",
     ]
 )  # fmt: skip
 def decode_kernel(
@@ -194,6 +195,7 @@ def decode_kernel(
     p_counters,
     p_cu_splits,
     p_item_seqs,
+    p_num_shared,
     p_cu_seqlens_q,
     p_seq_lens,
     p_block_table,
@@ -244,7 +246,10 @@ def decode_kernel(
         query_len = tl.load(p_cu_seqlens_q + i_seq + 1).to(tl.int32) - i_start
         seq_len = tl.load(p_seq_lens + i_seq).to(tl.int32)
         i_oldest, i_first_split, num_splits = live_splits(seq_len, query_len, window, SPLIT_TOKENS)
-        if (i_split >= i_first_split) & (i_tile_row < query_len * GROUP_SIZE):
+        done = False
+        if p_num_shared is not None:
+            done = shares_split(i_split, tl.load(p_num_shared + i_seq), seq_len, query_len, window, SPLIT_TOKENS)
+        if (not done) & (i_split >= i_first_split) & (i_tile_row < query_len * GROUP_SIZE):
             m_row = o_row_token < tl.minimum(query_len, max_query_len)  # [BLOCK_H]; the scratch has no room for more
             o_token = i_start + o_row_token  # [BLOCK_H]
             o_q = o_token.to(tl.int64) * q_stride + o_head * HEAD_DIM  # [BLOCK_H]
@@ -376,6 +381,11 @@ def paged_attention_decode(
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = q.new_empty((num_tokens, num_q_heads), dtype=torch.float32) if return_lse else None
     if num_tokens and num_seqs:
+        if plan.shared is not None:
+            attend_shared(
+                q, k_cache, v_cache, plan, plan.shared, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, scale=scale,
+                block_table=block_table, window=window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale,
+            )  # fmt: skip
         decode_kernel[min(settings.num_programs, len(plan.item_seqs)), num_kv_heads * settings.num_tiles](
             q,
             cache_pairs(k_cache),
@@ -390,6 +400,7 @@ def paged_attention_decode(
             plan.counters,
             plan.cu_splits,
             plan.item_seqs,
+            None if plan.shared is None else plan.shared.num_splits,
             cu_seqlens_q,
             seq_lens,
             block_table,

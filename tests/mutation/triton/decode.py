@@ -266,8 +266,8 @@ PATCHES: tuple[Patch, ...] = (
         "dead_split_written",
         "a split before the window writes its nothing",
         _DECODE,
-        "if (i_split >= i_first_split) & (i_tile_row < query_len * GROUP_SIZE):",
-        "if i_tile_row < query_len * GROUP_SIZE:",
+        "if (not done) & (i_split >= i_first_split) & (i_tile_row < query_len * GROUP_SIZE):",
+        "if (not done) & (i_tile_row < query_len * GROUP_SIZE):",
     ),
     Patch(
         "merge_ignores_maximum",
