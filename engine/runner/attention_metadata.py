@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from octavo.kernels import current_backend
 from octavo.kernels.attention import SPLIT_TOKENS, AttentionOp, plan_paged_attention
 
 from ..config import ModelConfig
 from ..layers.attention import AttentionMetadata, AttentionSlice
 from ..step import SchedulerOutput
 from .input_batch import StepInputs
+from .shared_prefixes import find_shared_prefixes
 
 __all__ = ["build_attention_metadata"]
 
@@ -37,9 +39,13 @@ def build_attention_metadata(
         cu_seqlens_q = torch.from_numpy(inputs.cu_seqlens_q[start : stop + 1] - inputs.cu_seqlens_q[start])
         seq_lens = torch.from_numpy(inputs.seq_lens[start:stop])
         num_columns = -(-int(inputs.seq_lens[start:stop].max()) // block_size)
-        block_table = torch.from_numpy(np.ascontiguousarray(inputs.block_table[start:stop, :num_columns]))
+        table = np.ascontiguousarray(inputs.block_table[start:stop, :num_columns])
+        block_table = torch.from_numpy(table)
         cu_seqlens_q, seq_lens, block_table = (x.to(device) for x in (cu_seqlens_q, seq_lens, block_table))
         query_lens = step.num_scheduled_tokens[start:stop]
+        shared = None
+        if op == "decode" and not invariant and current_backend() == "triton":
+            shared = find_shared_prefixes(table, inputs.seq_lens[start:stop], query_lens, block_size)
         plan = plan_paged_attention(
             cu_seqlens_q,
             seq_lens,
@@ -53,6 +59,7 @@ def build_attention_metadata(
             block_size=block_size,
             max_splits=int((-(-inputs.seq_lens[start:stop] // SPLIT_TOKENS)).sum()),
             invariant=invariant,
+            shared=shared,
         )
         return AttentionSlice(cu_seqlens_q, seq_lens, block_table, plan)
 
