@@ -101,6 +101,13 @@ def _invariant_checks() -> Checks:
     found: list[tuple[str, Callable[[], None]]] = [
         (f"rounding: {case.name}", partial(invariant.test_rounding, op, case)) for op, case in cases
     ]
+    found.append(("exact: many heads", partial(invariant.test_a_group_of_more_heads_than_rows, DECODE)))
+    for dtype in (torch.float16, torch.float32):
+        found.append(("invariance: drafts", partial(invariant.test_a_verified_draft_keeps_its_bits, dtype)))
+        found.append(("invariance: batches", partial(invariant.test_batch_and_order_change_no_bit, dtype)))
+        found.append(("invariance: features", partial(invariant.test_features_keep_their_bits, "all", dtype)))
+        for length, window in invariant.ENDS:
+            found.append(("invariance: splits", partial(invariant.test_splits_keep_their_bits, dtype, length, window)))
     for op, shape in _INVARIANT_SHAPES:
         names = attention_checks.EXACT if shape.window is None else exact
         found += [
@@ -108,13 +115,6 @@ def _invariant_checks() -> Checks:
             for name, check in names.items()
             if name != "quantised_needle"
         ]
-    for dtype in (torch.float16, torch.float32):
-        found.append(("invariance: drafts", partial(invariant.test_a_verified_draft_keeps_its_bits, dtype)))
-        found.append(("invariance: batches", partial(invariant.test_batch_and_order_change_no_bit, dtype)))
-        found.append(("invariance: features", partial(invariant.test_features_keep_their_bits, "all", dtype)))
-        for length, window in invariant.ENDS:
-            found.append(("invariance: splits", partial(invariant.test_splits_keep_their_bits, dtype, length, window)))
-    found.append(("exact: many heads", partial(invariant.test_a_group_of_more_heads_than_rows, DECODE)))
     return tuple(found)
 
 
