@@ -23,15 +23,7 @@ from .combine_triton import combine_kernel, live_splits, merge_splits, store_row
 from .gather import SPLIT_TOKENS
 from .invariant_triton import InvariantPlan, attend_invariant
 from .plan_triton import DecodePlan, plan_decode
-from .quantised_triton import (
-    attend_pairs,
-    cache_pairs,
-    join_pairs,
-    layer_scale,
-    no_pairs,
-    score_pairs,
-    split_queries,
-)
+from .quantised_triton import attend_pairs, cache_pairs, join_pairs, layer_scale, no_pairs, score_pairs, split_queries
 from .reference import MAX_DECODE_QUERY_LEN
 from .tile_triton import LOG2E, capped, check_supported, key_rows, load_rows, softmax_step
 
@@ -40,6 +32,8 @@ __all__ = ["DecodeConfig", "config", "decode_kernel", "paged_attention_decode"]
 
 _MAX_REGISTERS: Final = {4: 128, 3: 168, 2: 255}
 """Programs of 128 threads that a multiprocessor shall hold -> registers that leave each thread its share."""
+_NATIVE = False
+"""Off until all pairs of bytes have been compared on a GPU; then quantised decode issues a third fewer instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +51,8 @@ class DecodeConfig:
     max_registers: int
     num_warps: int
     num_stages: int
+    native: bool
+    """Whether the machine's own instructions convert e4m3."""
 
 
 def config(
@@ -82,10 +78,8 @@ def config(
     # The most programs that spill no registers; each has one tile of keys and values on its way.
     elements = block_h * next_power_of_2(head_dim)
     programs_per_sm = 2 if exact or draft or elements > 2048 else 3 if elements > 1024 else 4
-    if exact and quantised:  # both halves of keys and values, in float32, take registers
-        block_n, num_warps = 16, 8 if wide else 4
-    else:
-        block_n, num_warps = 32 if wide else 64, 4
+    # Both halves of keys and values in float32 take registers.
+    block_n, num_warps = (16, 8 if wide else 4) if exact and quantised else (32 if wide else 64, 4)
     return DecodeConfig(
         block_h,
         block_n=block_n,
@@ -94,6 +88,7 @@ def config(
         max_registers=_MAX_REGISTERS[programs_per_sm],
         num_warps=num_warps,
         num_stages=3,
+        native=_NATIVE and not exact and target.arch > 80,
     )
 
 
@@ -117,6 +112,7 @@ def _attend_split(
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NATIVE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Return the softmax's state over keys i_low to i_high: values [BLOCK_H, BLOCK_D], maximum and sum [BLOCK_H].
@@ -135,25 +131,23 @@ def _attend_split(
         factor = 1.0
     b_max = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_H,), tl.float32)
+    ROW: tl.constexpr = HEAD_DIM // 2 if QUANTISED else HEAD_DIM
+    o_dim = tl.arange(0, BLOCK_D // 2 if QUANTISED else BLOCK_D)  # pairs, or elements
     if QUANTISED:
         b_q = split_queries(b_q)
         b_acc = no_pairs(BLOCK_H, BLOCK_D)
-        o_dim = tl.arange(0, BLOCK_D // 2)  # [BLOCK_D / 2], pairs
     else:
         b_acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     for i_key in tl.range(i_low // BLOCK_N * BLOCK_N, i_high, BLOCK_N, num_stages=NUM_STAGES):
         o_key = i_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # Lanes beyond either end repeat a key that is seen: their weight is 0, and 0 times a real value is 0.
         o_seen = tl.minimum(tl.maximum(o_key, i_low), i_high - 1)  # [BLOCK_N]
         o_slot = key_rows(p_blocks, o_seen, SLOT_STRIDE, BLOCK_SIZE, 1)  # [BLOCK_N]
+        b_keys = load_rows(p_keys, o_slot * ROW, None, o_dim, ROW)  # [BLOCK_N, BLOCK_D], or half of it
+        b_values = load_rows(p_values, o_slot * ROW, None, o_dim, ROW)  # [BLOCK_N, BLOCK_D], or half of it
         if QUANTISED:
-            b_keys = load_rows(p_keys, o_slot * (HEAD_DIM // 2), None, o_dim, HEAD_DIM // 2)  # [BLOCK_N, BLOCK_D / 2]
-            b_values = load_rows(p_values, o_slot * (HEAD_DIM // 2), None, o_dim, HEAD_DIM // 2)
-            b_scores = score_pairs(b_q, b_keys, k_scale, o_slot)  # [BLOCK_H, BLOCK_N]
+            b_scores = score_pairs(b_q, b_keys, k_scale, o_slot, NATIVE)  # [BLOCK_H, BLOCK_N]
         else:
-            b_keys = load_rows(p_keys, o_slot * HEAD_DIM, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-            b_values = load_rows(p_values, o_slot * HEAD_DIM, None, o_dim, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
             b_scores = tl.dot(b_q, b_keys.T, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
         if soft_cap is not None:
             b_scores = capped(b_scores, scale / soft_cap, soft_cap)
@@ -167,11 +161,11 @@ def _attend_split(
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
         b_weights, b_rescale, b_max, b_sum = softmax_step(b_scores, b_max, b_sum, factor, True)
         if QUANTISED:
-            b_acc = attend_pairs(b_weights, b_values, b_acc, b_rescale, v_scale, o_slot, WIDE)
+            b_acc = attend_pairs(b_weights, b_values, b_acc, b_rescale, v_scale, o_slot, WIDE, NATIVE)
         else:
             b_acc = tl.dot(b_weights.to(b_values.dtype), b_values, b_acc * b_rescale[:, None], input_precision="ieee")
     if QUANTISED:
-        b_acc = join_pairs(b_acc, v_scale, p_keys.dtype.element_ty == tl.int16, WIDE)
+        b_acc = join_pairs(b_acc, v_scale, p_keys.dtype.element_ty == tl.int16, WIDE, NATIVE)
     return b_acc, b_max, b_sum
 
 
@@ -217,6 +211,7 @@ def decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NATIVE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """out = softmax(q · Kᵀ · scale) · V over a split of a sequence's keys; the softmax's state where it has several.
@@ -263,7 +258,8 @@ def decode_kernel(
             p_blocks = p_block_table + i_seq.to(tl.int64) * table_stride
             b_acc, b_max, b_sum = _attend_split(
                 b_q, p_keys, p_values, k_scale, v_scale, p_blocks, b_draft, i_first + o_row_token, i_first, i_low,
-                i_high, scale, soft_cap, window, NUM_KV_HEADS * BLOCK_SIZE, BLOCK_SIZE, HEAD_DIM, BLOCK_N, NUM_STAGES,
+                i_high, scale, soft_cap, window, NUM_KV_HEADS * BLOCK_SIZE, BLOCK_SIZE, HEAD_DIM, BLOCK_N, NATIVE,
+                NUM_STAGES,
             )  # fmt: skip
             if num_splits - i_first_split <= 1:
                 store_rows(
@@ -422,6 +418,7 @@ def paged_attention_decode(
             BLOCK_H=settings.block_h,
             BLOCK_N=settings.block_n,
             BLOCK_D=next_power_of_2(head_dim),
+            NATIVE=settings.native,
             NUM_STAGES=settings.num_stages,
             num_warps=settings.num_warps,
             maxnreg=settings.max_registers,

@@ -14,15 +14,7 @@ from torch import Tensor
 from ..common.checks import check_attention, check_positive
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .invariant_triton import InvariantPlan, attend_invariant
-from .quantised_triton import (
-    attend_pairs,
-    cache_pairs,
-    join_pairs,
-    layer_scale,
-    no_pairs,
-    score_pairs,
-    split_queries,
-)
+from .quantised_triton import attend_pairs, cache_pairs, join_pairs, layer_scale, no_pairs, score_pairs, split_queries
 from .tile_triton import LOG2E, capped, check_supported, finish, load_rows, slot_rows, softmax_step
 from .worklist_triton import heads_per_tile, list_work, tokens_per_item
 
@@ -45,7 +37,9 @@ class Config:
         return self.block_m // self.heads
 
 
-def config(*, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, target: Target) -> Config:
+def config(
+    *, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, quantised: bool = False, target: Target
+) -> Config:
     """Return the launch settings of one geometry: the largest tiles that spill no registers.
 
     Args:
@@ -60,6 +54,8 @@ def config(*, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, t
         if target.arch < 90:  # the products' results and operands all take registers
             block_n = 32 if plain and next_power_of_2(group_size) == group_size else 16
             block_n *= 1 if wide else 2
+        if quantised and (wide or target.arch != 90):
+            block_n = min(block_n, 32)
     return Config(block_m, block_n, heads_per_tile(block_m, group_size), 8, num_stages)
 
 
@@ -345,6 +341,7 @@ def paged_attention_prefill(
         group_size=group_size,
         dtype=q.dtype,
         plain=window is None and soft_cap is None,
+        quantised=k_cache.dtype != q.dtype,
         target=target(q.device),
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out

@@ -19,11 +19,19 @@ from torch import Tensor
 
 __all__ = ["attend_pairs", "cache_pairs", "join_pairs", "layer_scale", "no_pairs", "score_pairs", "split_queries"]
 
-# What e4m3's bits, shifted into float16's fields, are to be multiplied with for the number itself.
-_E4M3_UNIT = tl.constexpr(256.0)
-# Takes those bits to 144 times their number, exactly: at most 64,512, while the bits of NaN overflow to infinity.
+# Takes e4m3's bits, shifted into float16's fields, to 144 times their number, exactly: at most 64,512, while NaN's bits
+# overflow to infinity.
 _E4M3_GAIN = tl.constexpr(36864.0)
 _E4M3_STEPS = tl.constexpr(144.0)
+# Two pairs, as the machine converts them: the even elements' bytes side by side, then the odd ones'; two for each.
+_E4M3_CONVERSION = tl.constexpr("""{
+    .reg .b32 bytes;
+    .reg .b16 even, odd;
+    prmt.b32 bytes, $2, 0, 0x3120;
+    mov.b32 {even, odd}, bytes;
+    cvt.rn.f16x2.e4m3x2 $0, even;
+    cvt.rn.f16x2.e4m3x2 $1, odd;
+}""")
 # Value scales below it are as good as 0: their inverse must be finite.
 _LEAST_PEAK = tl.constexpr(2.0**-100)
 _PAIRS: Final = {torch.int8: torch.int16, torch.float8_e4m3fn: torch.uint16}
@@ -70,12 +78,19 @@ def _tile(b_words, SHAPE: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _halves(b_pairs, VALUES: tl.constexpr, WIDE: tl.constexpr):
-    """Return the even and the odd elements of pairs as numbers: two of [BLOCK_N, BLOCK_D / 2], e4m3 in 1 / 144.
+def _halves(b_pairs, VALUES: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.constexpr):
+    """Return the even and the odd elements of pairs as numbers: two of [BLOCK_N, BLOCK_D / 2], e4m3 times 144.
 
     Two pairs that a matrix instruction takes from one register, of one key or of two values, are one 32-bit word, so
     that an operation serves two numbers.
+
+    Args:
+        NATIVE: let the machine convert e4m3 (sm_89 and later; the interpreter cannot), times 1, for 16-bit rows.
     """
+    if NATIVE and b_pairs.dtype == tl.uint16:
+        return tl.inline_asm_elementwise(
+            _E4M3_CONVERSION, "=r,=r,r", [b_pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
     N: tl.constexpr = b_pairs.shape[0]
     HALF: tl.constexpr = b_pairs.shape[1]
     if VALUES:
@@ -98,20 +113,20 @@ def _halves(b_pairs, VALUES: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def score_pairs(b_q, b_pairs, k_scale, o_slot):
+def score_pairs(b_q, b_pairs, k_scale, o_slot, NATIVE: tl.constexpr = False):
     """Return the products of rows and keys: [rows, BLOCK_N]; NaN where a key is not a number.
 
     Args:
         b_q: what `split_queries` returns.  b_pairs: [BLOCK_N, BLOCK_D / 2].
         k_scale: int8: where slot 0's is; e4m3: the layer's.  o_slot: [BLOCK_N].
     """
-    b_even, b_odd = _halves(b_pairs, False, b_q[0].dtype == tl.float32)
+    b_even, b_odd = _halves(b_pairs, False, b_q[0].dtype == tl.float32, NATIVE)
     b_scores = tl.dot(b_q[0], b_even.T, input_precision="ieee")
     b_scores = tl.dot(b_q[1], b_odd.T, b_scores, input_precision="ieee")
     if b_pairs.dtype == tl.int16:
         b_scores *= b_q[2][:, None] * tl.load(k_scale + o_slot)[None, :]
     else:
-        b_scores *= (b_q[2] * (k_scale / _E4M3_STEPS))[:, None]
+        b_scores *= (b_q[2] * (k_scale / (1.0 if NATIVE else _E4M3_STEPS)))[:, None]
     return b_scores + b_scores * 0.0  # an infinite score would hide its key from the row, or the others
 
 
@@ -123,7 +138,9 @@ def no_pairs(BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def attend_pairs(b_weights, b_pairs, b_acc, b_rescale, v_scale, o_slot, WIDE: tl.constexpr):
+def attend_pairs(
+    b_weights, b_pairs, b_acc, b_rescale, v_scale, o_slot, WIDE: tl.constexpr, NATIVE: tl.constexpr = False
+):
     """Take one tile of values into what `no_pairs` begins.
 
     Scales of int8 differ from slot to slot, and a weight times its scale may be anything. So a row counts in units of
@@ -142,7 +159,7 @@ def attend_pairs(b_weights, b_pairs, b_acc, b_rescale, v_scale, o_slot, WIDE: tl
             b_weights *= b_inverse[:, None]
             b_rescale *= b_peak * b_inverse
             b_peak = b_new_peak
-    b_even_values, b_odd_values = _halves(b_pairs, True, WIDE)
+    b_even_values, b_odd_values = _halves(b_pairs, True, WIDE, NATIVE)
     b_weights = b_weights.to(b_even_values.dtype)
     b_even = tl.dot(b_weights, b_even_values, b_even * b_rescale[:, None], input_precision="ieee")
     b_odd = tl.dot(b_weights, b_odd_values, b_odd * b_rescale[:, None], input_precision="ieee")
@@ -150,12 +167,14 @@ def attend_pairs(b_weights, b_pairs, b_acc, b_rescale, v_scale, o_slot, WIDE: tl
 
 
 @triton.jit
-def join_pairs(b_acc, v_scale, INT8: tl.constexpr, WIDE: tl.constexpr):
+def join_pairs(b_acc, v_scale, INT8: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.constexpr = False):
     """Return what rows have attended to as whole rows: [rows, BLOCK_D]."""
     b_even, b_odd, b_peak = b_acc
     b_whole = tl.reshape(tl.join(b_even, b_odd), (b_even.shape[0], 2 * b_even.shape[1]))
     if not INT8:
-        b_whole = tl.math.div_rn(b_whole, tl.full(b_whole.shape, _E4M3_STEPS, tl.float32)) * v_scale
+        if not NATIVE:
+            b_whole = tl.math.div_rn(b_whole, tl.full(b_whole.shape, _E4M3_STEPS, tl.float32))
+        b_whole *= v_scale
     elif not WIDE:
         b_whole *= b_peak[:, None]
     return b_whole + b_whole * 0.0  # infinite where a value is not a number
