@@ -25,6 +25,7 @@ from octavo.kernels.spec import Case, load_specs
 
 from tests.kernels import attention_checks, kv_cache_checks, mlp_checks, norm_checks
 from tests.kernels import test_attention_invariant as invariant
+from tests.kernels import test_attention_quantised as quantised
 from tests.kernels.attention_rounding import check_rounding
 from tests.kernels.backends import takes
 from tests.kernels.calls import INTERPRETER
@@ -59,6 +60,7 @@ _SHAPES: Final = {
 }
 
 
+_QUANTISED: Final = ".attention.quantised_triton"
 _INVARIANT: Final = ".attention.invariant_triton"
 _INVARIANT_SHAPES: Final = (
     (DECODE, Shape(((2, 40), (1, 5), (0, 3)), num_kv_heads=3, group_size=3, window=7, dtype=torch.float16)),
@@ -86,7 +88,35 @@ def _attention_checks(op: str) -> Checks:
         ]
     for name, check in attention_checks.INVARIANCE.items():
         named.append((f"invariance: {name}", partial(check, op, _SHAPES[op][0])))
-    return tuple(named)  # type: ignore[arg-type]
+    return (*named, *_quantised_checks(op))  # type: ignore[return-value]
+
+
+def _quantised_checks(op: str) -> Checks:
+    """Return what attention over quantised caches must satisfy besides."""
+    found: list[tuple[str, Callable[[], None]]] = []
+    for kind in ("int8", "e4m3"):
+        for dtype in (torch.float16, torch.float32):
+            found.append(("exact: values", partial(quantised.test_every_byte_of_a_value, "triton", op, kind, dtype)))
+        found.append(("exact: keys", partial(quantised.test_every_byte_of_a_key, "triton", op, kind, torch.bfloat16)))
+        for check in (
+            quantised.test_a_key_that_is_no_number_spoils_the_rows_that_see_it,
+            quantised.test_a_value_that_is_no_number_spoils_its_element,
+            quantised.test_all_values_zero,
+        ):
+            found.append((f"exact: {check.__name__.removeprefix('test_')}", partial(check, "triton", op, kind)))
+        for power in (-60, 40):
+            found.append(
+                (
+                    "exact: range",
+                    partial(quantised.test_bfloat16_reaches_further_than_float16, "triton", op, kind, power),
+                )
+            )
+    scales = partial(quantised.test_scales_of_neighbours_differ_by_far, "triton", op, torch.float16)
+    found.append(("rounding: scales", scales))
+    found.append(
+        ("exact: layer's scales", partial(quantised.test_a_scale_is_a_number_or_a_tensor_of_one, "triton", op))
+    )
+    return tuple(found)
 
 
 def _planned(check: Callable[..., None], *arguments: object) -> None:
@@ -234,6 +264,8 @@ def mutants() -> list[Mutant]:
     for group in patches().values():
         for patch in group:
             checks = tuple(check for op in ops_of(patch.module) for check in _checks(op))
+            if patch.module == _QUANTISED:  # nothing else of the ops would notice
+                checks = tuple(check for op in (DECODE, PREFILL) for check in _quantised_checks(op))
             if patch.module == _INVARIANT:  # which the ops use for invariant plans only
                 checks = _invariant_checks()
             name = f"triton{patch.module.removesuffix('_triton')}: {patch.name}"
