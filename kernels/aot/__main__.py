@@ -53,8 +53,10 @@ def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: obj
     try:
         sizes = find_model(model)
         settings = [Settings(block_size=int(size), **flags) for size in block_sizes.split(",")]  # type: ignore[arg-type]
-        if not flags:  # a report is of every kernel: the one of invariant plans, too
-            settings.append(Settings(block_size=settings[0].block_size, invariant=True))
+        if not flags:  # a report is of every kernel: those of invariant plans and of quantised caches, too
+            size = settings[0].block_size
+            settings.append(Settings(block_size=size, invariant=True))
+            settings += [Settings(block_size=size, cache="int8"), Settings(block_size=size, cache="e4m3")]
         found = [variant for target in targets.split(",") for variant in list_variants(sizes, settings, target)]
     except ValueError as error:  # a kernel's refusal of what it cannot do is one, too
         refuse(str(error))

@@ -35,6 +35,12 @@ class _Variant:
         value: int = self._constants[constant]
         return value
 
+    @property
+    def cached(self) -> int:
+        """Bytes of an element of the cache; two of a quantised one are read as one number."""
+        kind = self._signature["p_k_cache"].removesuffix(":16")
+        return 1 if kind in ("*i16", "*u16") else self.itemsize("p_k_cache")
+
     def itemsize(self, pointer: str) -> int:
         """Return the bytes of an element, 0 where the tensor is left out."""
         kind = self._signature.get(pointer)
@@ -53,7 +59,8 @@ _WORK: Final[dict[str, Callable[[_Variant], Work]]] = {
     "_rms_norm_kernel": _norm,
     "_scan_kernel": lambda v: Work(bytes=v["BLOCK"] * (v.itemsize("p_logits") + v.itemsize("p_copy"))),
     "_sum_kernel": lambda v: Work(bytes=v["BLOCK"] * v.itemsize("p_logits")),
-    "decode_kernel": lambda v: Work(bytes=2 * v["BLOCK_N"] * v["HEAD_DIM"] * v.itemsize("p_k_cache")),
+    "cascade_kernel": lambda v: Work(flop=4 * v["BLOCK_M"] * v["BLOCK_N"] * v["HEAD_DIM"]),
+    "decode_kernel": lambda v: Work(bytes=2 * v["BLOCK_N"] * v["HEAD_DIM"] * v.cached),
     "invariant_kernel": lambda v: Work(
         flop=4 * v["BLOCK_M"] * v["BLOCK_N"] * v["HEAD_DIM"],
         bytes=2 * v["BLOCK_N"] * v["HEAD_DIM"] * v.itemsize("p_k_cache"),
