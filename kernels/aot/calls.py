@@ -28,7 +28,7 @@ from .. import (
     ungated_activation,
     write_kv,
 )
-from ..attention import SPLIT_TOKENS
+from ..attention import SPLIT_TOKENS, SharedPrefixes
 from ..dispatch import OPS
 from ..sampling import AllowedTokens, BannedTokens, LogitBias, Penalties, SampleParams
 from .targets import Model
@@ -181,8 +181,9 @@ def attention_call(
     max_blocks_per_seq: int,
     start: int = 0,
     label: str = "",
+    shared: bool = False,
 ) -> Call:
-    """Return the attention of a layer, its rows behind `start` others of the step."""
+    """Return the attention of a layer, its rows behind `start` others of the step; all or none share a split."""
 
     def run() -> None:
         q, _, _ = heads(model, start + num_tokens)
@@ -202,6 +203,7 @@ def attention_call(
             block_size=settings.block_size,
             max_splits=num_seqs * -(-max_blocks_per_seq * settings.block_size // SPLIT_TOKENS),
             invariant=settings.invariant,
+            shared=SharedPrefixes(torch.zeros(num_seqs).int(), torch.ones(num_seqs).int()) if shared else None,
         )
         arguments: dict[str, Any] = dict(
             cu_seqlens_q=cu_seqlens_q,
@@ -269,6 +271,11 @@ def _decode_calls(model: Model, settings: Settings) -> Iterator[Call]:
                     model, settings, "decode", num_seqs=num_seqs, num_tokens=num_seqs * max_query_len,
                     max_query_len=max_query_len, max_blocks_per_seq=width, label=label,
                 )  # fmt: skip
+        if settings.max_num_seqs > 1 and settings.max_model_len > SPLIT_TOKENS and not settings.invariant:
+            yield attention_call(
+                model, settings, "decode", num_seqs=2, num_tokens=2 * max_query_len, max_query_len=max_query_len,
+                max_blocks_per_seq=_widths(settings)[-1], label=f"{label} shared", shared=True,
+            )  # fmt: skip
 
 
 def sample_call(model: Model, num_seqs: int, features: frozenset[str]) -> Call:

@@ -44,6 +44,7 @@ def random_calls(model: Model, settings: Settings, rng: random.Random) -> Iterat
     yield calls.attention_call(
         model, settings, "decode", num_seqs=num_seqs, max_query_len=max_query_len, max_blocks_per_seq=width,
         num_tokens=rng.randint(max(num_seqs, max_query_len), num_seqs * max_query_len + max_query_len),
+        shared=rng.random() < 0.5,
     )  # fmt: skip
     num_seqs = min(num_seqs, num_tokens)
     yield calls.attention_call(
