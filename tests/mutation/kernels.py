@@ -24,6 +24,7 @@ from octavo.kernels import dispatch
 from octavo.kernels.spec import Case, load_specs
 
 from tests.kernels import attention_checks, kv_cache_checks, mlp_checks, norm_checks
+from tests.kernels import test_attention_cascade as cascade
 from tests.kernels import test_attention_invariant as invariant
 from tests.kernels import test_attention_quantised as quantised
 from tests.kernels.attention_rounding import check_rounding
@@ -148,6 +149,14 @@ def _invariant_checks() -> Checks:
     return tuple(found)
 
 
+def _cascade_checks() -> Checks:
+    """Return what decode must satisfy where sequences share keys, quick checks first."""
+    found = [(f"exact: {case.name}", partial(cascade.check_what_each_row_reads, case)) for case in cascade.MIXED[:2]]
+    found += [("exact: claims", cascade.check_claims_beyond_the_rows), ("exact: window", cascade.check_window)]
+    cases = (*cascade.MIXED[2:], *cascade.KINDS)
+    return (*found, *((f"rounding: {case.name}", partial(cascade.check_rounding, case)) for case in cases))
+
+
 def _logprob_checks() -> Checks:
     found = [
         ("rounding: log-probabilities", partial(test_logprobs.test_against_float64, "triton", case, range(1)))
@@ -261,13 +270,15 @@ def mutants() -> list[Mutant]:
     if not INTERPRETER and "triton" not in dispatch.available_backends("rms_norm"):
         return []
     found = []
-    for group in patches().values():
+    for author, group in patches().items():
         for patch in group:
             checks = tuple(check for op in ops_of(patch.module) for check in _checks(op))
             if patch.module == _QUANTISED:  # nothing else of the ops would notice
                 checks = tuple(check for op in (DECODE, PREFILL) for check in _quantised_checks(op))
             if patch.module == _INVARIANT:  # which the ops use for invariant plans only
                 checks = _invariant_checks()
+            if author == "cascade":  # of one module among others, where sequences share keys
+                checks = _cascade_checks()
             name = f"triton{patch.module.removesuffix('_triton')}: {patch.name}"
             found.append(Mutant(name, patch.meaning, partial(planted, patch), checks))
     return found
@@ -285,4 +296,5 @@ def healthy() -> list[Mutant]:
     """Return the kernels as they are, op by op: every check must pass."""
     ops = [op for op, where in dispatch.OPS.items() if "triton" in where and _checks(op)]
     found = [Mutant(f"triton: {op}", "", partial(planted, None), _checks(op)) for op in ops]
+    found.append(Mutant("triton: shared prefixes", "", partial(planted, None), _cascade_checks()))
     return [*found, Mutant("triton: invariant plans", "", partial(planted, None), _invariant_checks())]
