@@ -54,8 +54,8 @@ def config(
         if target.arch < 90:  # the products' results and operands all take registers
             block_n = 32 if plain and next_power_of_2(group_size) == group_size else 16
             block_n *= 1 if wide else 2
-        if quantised and (wide or target.arch != 90):
-            block_n = min(block_n, 32)
+        if quantised and (wide or target.arch != 90):  # what becomes of a tile's pairs takes registers, too
+            block_n = 16 if target.arch < 90 else 32
     return Config(block_m, block_n, heads_per_tile(block_m, group_size), 8, num_stages)
 
 
@@ -378,6 +378,8 @@ def paged_attention_prefill(
             BLOCK_D=next_power_of_2(head_dim),
             num_warps=settings.num_warps,
             num_stages=settings.num_stages,
+            # Left alone, sm_100's compiler aims at 128 registers for a quantised cache, and spills.
+            maxnreg=None if k_cache.dtype == q.dtype else 255,
             enable_fp_fusion=True,
         )
     return out if lse is None else (out, lse)
