@@ -26,7 +26,9 @@ def describe_variant(specialization: str) -> str:
     """
     data = json.loads(specialization)
     names = list(data["signature"])
-    constants = {names[path[0]]: value for path, value in zip(data["constant_keys"], data["constant_vals"], strict=True)}
+    constants = {
+        names[path[0]]: value for path, value in zip(data["constant_keys"], data["constant_vals"], strict=True)
+    }
     divisible = {names[path[0]] for path, found in zip(data["attrs_keys"], data["attrs_vals"], strict=True) if found}
     arguments = [
         f"{name}={constants[name]}" if name in constants else f"{name}: {kind}{':16' if name in divisible else ''}"

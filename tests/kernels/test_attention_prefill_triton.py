@@ -152,7 +152,9 @@ def test_what_it_does_not_take_is_named(change: dict[str, Any], message: str) ->
 def test_other_caches_scales_and_strides_are_named() -> None:
     inputs = gaussian(Shape(((2, 3),))).lay_out()
     half = {name: inputs[name].half() for name in ("k_cache", "v_cache")}
-    with pytest.raises(ValueError, match=r"k_cache is torch\.float16; the triton backend takes a cache of q's dtype, int8"):
+    with pytest.raises(
+        ValueError, match=r"k_cache is torch\.float16; the triton backend takes a cache of q's dtype, int8"
+    ):
         call(OP, {**inputs, **half})
     with pytest.raises(ValueError, match="scale is -1"):
         call(OP, {**inputs, "scale": -1.0})
