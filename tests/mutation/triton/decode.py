@@ -210,8 +210,8 @@ PATCHES: tuple[Patch, ...] = (
         "v_slot_plus_one",
         "values are read one slot further on",
         _DECODE,
-        "b_values = load_rows(p_values, o_slot, None, o_dim, HEAD_DIM)",
-        "b_values = load_rows(p_values + HEAD_DIM, o_slot - HEAD_DIM * (i_key % 2), None, o_dim, HEAD_DIM)",
+        "b_values = load_rows(p_values, o_slot * ROW,",
+        "b_values = load_rows(p_values, (o_slot + tl.where(o_seen % BLOCK_SIZE == 0, 1, 0)) * ROW,",
     ),
     Patch(
         "gqa_modulo",
@@ -224,7 +224,7 @@ PATCHES: tuple[Patch, ...] = (
         "head_stride",
         "keys of every head are head 0's",
         _DECODE,
-        "p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * HEAD_DIM)",
+        "p_keys = p_k_cache + i_kv_head * (BLOCK_SIZE * ROW)",
         "p_keys = p_k_cache",
     ),
     Patch(
