@@ -104,6 +104,8 @@ def start_engine(
             kernels.use_backend(resolved.backend)
         except kernels.BackendError as error:
             raise ConfigError(str(error)) from error
+        if (resolved.backend, resolved.device) == ("triton", "cpu") and not kernels.interpreted():
+            raise ConfigError("backend is 'triton' and device is 'cpu'; allowed: cuda, or auto")
         phase.detail = f"{model_config.family}, {checkpoint.num_bytes(torch.int8) / 1e6:,.0f} M parameters"
     with phase("build the tokenizer"):
         tokenizer = _tokenizer(config, checkpoint)

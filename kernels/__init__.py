@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .dispatch import BackendError, available_backends, current_backend, use_backend
+from .dispatch import BackendError, available_backends, current_backend, interpreted, use_backend
 
 if TYPE_CHECKING:
     from .activation import gated_activation, ungated_activation
@@ -25,6 +25,7 @@ __all__ = [
     "copy_blocks",
     "current_backend",
     "gated_activation",
+    "interpreted",
     "layer_norm",
     "log_softmax_top",
     "paged_attention_decode",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from octavo.engine.errors import ConfigError
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import RequestOutput
 from octavo.kernels import current_backend, use_backend
@@ -102,3 +103,12 @@ def test_all_requests_in_invariant_mode(way: str, make_llm: MakeLLM, few_tasks: 
 def test_all_requests(way: str, make_llm: MakeLLM, tasks: list[Task]) -> None:
     settings = (WAYS | MORE_WAYS)[way]
     assert_same(run(make_llm(**ON_TRITON, **settings), tasks), run(make_llm(**settings), tasks), bitwise=False)
+
+
+def test_the_cpu_of_a_machine_with_a_gpu_is_refused(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the backend itself could run, only not where the tensors are."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(ConfigError, match="backend is 'triton' and device is 'cpu'; allowed: cuda, or auto"):
+        make_llm(backend="triton", device="cpu")
