@@ -18,13 +18,13 @@ from .calls import Settings, missing_ops
 from .compile import default_cache
 from .keys import Variant, list_variants
 from .report import Row, make_page, make_rows, make_table, write_json
-from .targets import GPUS, MODELS, find_model
+from .targets import BUDGETED, GPUS, MODELS, find_model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the kernels compile to, found without a GPU.")
 notes = Console(stderr=True)
 
 BLOCK_SIZES = "64,16"
-TARGETS = ",".join(GPUS)
+TARGETS = ",".join(BUDGETED)
 CACHE = default_cache()
 
 ModelOption = Annotated[str, typer.Option("--model", help=f"{', '.join(MODELS)}, or field=value,... of its sizes.")]

@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
-__all__ = ["GPUS", "MODELS", "Gpu", "Model", "find_model"]
+__all__ = ["BUDGETED", "GPUS", "MODELS", "Gpu", "Model", "find_model"]
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU architecture, as its best-known card has it; the rest of what bounds occupancy is common to all."""
+    """One GPU architecture, as its best-known card has it."""
 
     arch: int
     """Compute capability times ten."""
@@ -20,18 +20,24 @@ class Gpu:
     num_sms: int
     shared_bytes: int
     """Shared memory of one SM; one CTA can have 1,024 bytes less, which each CTA also costs on top of its own."""
+    num_warps: int = 64
+    """Most warps of one SM."""
 
     def ctas_per_sm(self, regs: int, shared_bytes: int, num_warps: int) -> int:
-        """Return how many CTAs of a kernel fit on one SM: 65,536 registers, handed out in eights, and 64 warps."""
+        """Return how many CTAs of a kernel fit on one SM: 65,536 registers, handed out in eights, and its warps."""
         by_regs = 65_536 // (max(regs + 7, 8) // 8 * 8 * 32 * num_warps)
-        return min(by_regs, self.shared_bytes // (shared_bytes + 1024), 64 // num_warps, 32)
+        return min(by_regs, self.shared_bytes // (shared_bytes + 1024), self.num_warps // num_warps, 32)
 
 
 GPUS: Final = {
     "sm_80": Gpu(80, "A100", 108, 164 * 1024),
+    "sm_89": Gpu(89, "RTX 4090", 128, 100 * 1024, 48),
     "sm_90": Gpu(90, "H100 SXM", 132, 228 * 1024),
     "sm_100": Gpu(100, "B200", 148, 228 * 1024),
+    "sm_120": Gpu(120, "RTX 5090", 170, 100 * 1024, 48),
 }
+BUDGETED: Final = ("sm_80", "sm_90", "sm_100")
+"""Those whose compiled kernels are held to ceilings."""
 
 
 @dataclass(frozen=True, slots=True)

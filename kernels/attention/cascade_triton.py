@@ -29,7 +29,7 @@ from .quantised_triton import (
     score_pairs,
     split_queries,
 )
-from .tile_triton import LOG2E, capped, key_rows, load_rows, softmax_step
+from .tile_triton import LOG2E, capped, fit_tiles, key_rows, load_rows, softmax_step
 
 if TYPE_CHECKING:
     from . import SharedPrefixes
@@ -78,7 +78,8 @@ class CascadeConfig:
 def config(*, head_dim: int, dtype: torch.dtype, target: Target) -> CascadeConfig:
     """Choose the largest tiles that spill no registers."""
     if dtype == torch.float32:  # exact products use no tensor cores and hold their operands in registers
-        return CascadeConfig(block_n=16, num_warps=8, num_stages=2)
+        block_n, num_stages = fit_tiles(BLOCK_M, 16, 2, num_warps=8, head_dim=head_dim, dtype=dtype, target=target)
+        return CascadeConfig(block_n, num_warps=8, num_stages=num_stages)
     if head_dim > 128:
         return CascadeConfig(block_n=32 if target.arch == 90 else 16, num_warps=8, num_stages=2)
     if target.arch == 90:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .combine_triton import store_rows
 from .gather import SPLIT_TOKENS
-from .tile_triton import LOG2E, capped, load_rows, slot_rows, softmax_step
+from .tile_triton import LOG2E, capped, fit_tiles, load_rows, slot_rows, softmax_step
 from .worklist_triton import Worklist, heads_per_tile, list_work
 
 __all__ = ["InvariantConfig", "InvariantPlan", "attend_invariant", "config", "plan_invariant"]
@@ -54,7 +54,8 @@ def config(*, head_dim: int, dtype: torch.dtype, draft: bool, target: Target) ->
         draft: whether there are draft masks, which leave no registers to look blocks up ahead of time.
     """
     if dtype == torch.float32:  # exact products use no tensor cores and hold their operands in registers
-        return InvariantConfig(block_n=16, num_warps=8, num_stages=2)
+        block_n, num_stages = fit_tiles(BLOCK_M, 16, 2, num_warps=8, head_dim=head_dim, dtype=dtype, target=target)
+        return InvariantConfig(block_n, num_warps=8, num_stages=num_stages)
     if head_dim > 128:
         return InvariantConfig(block_n=32 if target.arch == 90 else 16, num_warps=8, num_stages=2)
     return InvariantConfig(block_n=64, num_warps=4 if target.arch == 90 else 8, num_stages=2 if draft else 3)

@@ -15,7 +15,7 @@ from ..common.checks import check_attention, check_positive
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .invariant_triton import InvariantPlan, attend_invariant
 from .quantised_triton import attend_pairs, cache_pairs, join_pairs, layer_scale, no_pairs, score_pairs, split_queries
-from .tile_triton import LOG2E, capped, check_supported, finish, load_rows, slot_rows, softmax_step
+from .tile_triton import LOG2E, capped, check_supported, finish, fit_tiles, load_rows, slot_rows, softmax_step
 from .worklist_triton import heads_per_tile, list_work, tokens_per_item
 
 __all__ = ["Config", "config", "paged_attention_prefill"]
@@ -40,7 +40,7 @@ class Config:
 def config(
     *, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, quantised: bool = False, target: Target
 ) -> Config:
-    """Return the launch settings of one geometry: the largest tiles that spill no registers.
+    """Return the launch settings of one geometry: the largest tiles that spill no registers, and fit.
 
     Args:
         plain: without window and soft cap, which cost registers.
@@ -56,6 +56,16 @@ def config(
             block_n *= 1 if wide else 2
         if quantised and (wide or target.arch != 90):  # what becomes of a tile's pairs takes registers, too
             block_n = 16 if target.arch < 90 else 32
+    block_n, num_stages = fit_tiles(
+        block_m,
+        block_n,
+        num_stages,
+        num_warps=8,
+        head_dim=head_dim,
+        dtype=dtype,
+        kv_itemsize=1 if quantised else None,
+        target=target,
+    )
     return Config(block_m, block_n, heads_per_tile(block_m, group_size), 8, num_stages)
 
 

@@ -230,6 +230,8 @@ def _common_cases(seqs: Sequence[tuple[int, int]]) -> tuple[Case, ...]:
         _case("window", seqs, window=7, kind="spotlight"),
         _case("window-one", seqs, window=1),
         _case("soft-cap", seqs, soft_cap=5.0, q_gain=8.0),
+        _case("soft-cap-50", [(2, 300)], soft_cap=50.0, num_kv_heads=1, head_dim=128),
+        _case("soft-cap-200", [(2, 300)], soft_cap=200.0, num_kv_heads=1, head_dim=128),
         _case("sinks", seqs, sinks=True, num_kv_heads=3, group_size=3),
         _case("everything", seqs, sinks=True, window=18, soft_cap=8.0, q_gain=6.0),
         _case("int8", seqs, cache="int8"),

@@ -12,10 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LN2", "LOG2E", "capped", "check_supported", "finish", "key_rows", "load_rows", "slot_rows", "softmax_step"]
+from ..common.launch import Target, next_power_of_2
+
+__all__ = [
+    "LARGEST",
+    "LN2",
+    "LOG2E",
+    "capped",
+    "check_supported",
+    "finish",
+    "fit_tiles",
+    "key_rows",
+    "load_rows",
+    "slot_rows",
+    "softmax_step",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of finite float32
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK_SIZES = (16, 32, 64, 128)
 _MIN_HEAD_DIM, _MAX_HEAD_DIM = 16, 256
@@ -70,14 +85,22 @@ def load_rows(p_rows, o_row, m_row, o_dim, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def capped(b_scores, factor, soft_cap):
-    """Return soft_cap · tanh(b_scores · factor) · LOG2E, tanh by one exponential: [rows, BLOCK_N].
+    """Return soft_cap · tanh(b_scores · factor) · LOG2E: [rows, BLOCK_N].
 
     Args:
         factor: scale / soft_cap.
     """
-    # tanh(x) = 1 - 2 / (exp(2x) + 1), right in both limits: the exponential becomes 0, or infinite.
-    b_exp = tl.math.exp2(b_scores * (factor * (2 * LOG2E)))
-    return (1.0 - 2.0 / (b_exp + 1.0)) * (soft_cap * LOG2E)
+    # tanh(x) = 1 - 2 / (exp(2x) + 1), right in both limits: the exponential becomes 0, or infinite. It cancels near 0,
+    # where scores below a large cap are: there x + x³ · P(x²), P fitted to a tenth of float32's roundoff.
+    b_x = b_scores * factor
+    b_far = 1.0 - 2.0 / (tl.math.exp2(b_x * (2 * LOG2E)) + 1.0)
+    b_square = b_x * b_x
+    b_near = 0.020639042 - 0.0057049339 * b_square
+    b_near = -0.0537397019 + b_near * b_square
+    b_near = 0.13331442 + b_near * b_square
+    b_near = -0.333332819 + b_near * b_square
+    b_near = b_x + b_x * b_square * b_near
+    return tl.where(tl.abs(b_x) < 0.625, b_near, b_far) * (soft_cap * LOG2E)
 
 
 @triton.jit
@@ -112,6 +135,38 @@ def finish(b_acc, b_max, b_sum):
     b_divisor = tl.where(m_empty, 1.0, b_sum)
     b_lse = tl.where(m_empty, float("-inf"), (b_max + tl.math.log2(b_divisor)) * LN2)
     return b_acc * (1.0 / b_divisor)[:, None], b_lse
+
+
+def fit_tiles(
+    block_m: int,
+    block_n: int,
+    num_stages: int,
+    *,
+    num_warps: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_itemsize: int | None = None,
+    target: Target,
+) -> tuple[int, int]:
+    """Return keys per tile and stages, fewer of them where a program would have too little shared memory.
+
+    Args:
+        num_stages: lowered to 2 before the keys are halved; 1 is the last resort.
+        kv_itemsize: bytes of a number in the cache, dtype's by default.
+    """
+    row, itemsize = next_power_of_2(head_dim), dtype.itemsize
+    mma_sync = dtype == torch.float32 or target.arch // 10 in (8, 12)
+
+    def fits(block_n: int, num_stages: int) -> bool:
+        # Where products read their operands from shared memory, a tile is free for the next one a stage later.
+        num_tiles = 2 * (num_stages - mma_sync)
+        total = row * (block_m * itemsize + num_tiles * block_n * (kv_itemsize or itemsize))
+        if mma_sync and block_m < 16 * num_warps:  # warps share rows, and hand each other their weights
+            total += block_m * block_n * itemsize
+        return total + 1056 <= target.shared_bytes  # sums of rows, scales, barriers
+
+    candidates = [(n, s) for n in (128, 64, 32, 16) if n <= block_n for s in range(num_stages, 1, -1)]
+    return next((found for found in candidates if fits(*found)), (16, 1))
 
 
 def check_supported(q: Tensor, k_cache: Tensor, out: Tensor | None) -> None:

@@ -22,15 +22,18 @@ class Target:
     """What kernels are compiled for."""
 
     arch: int
-    """Compute capability times ten: 80, 90, 100."""
+    """Compute capability times ten: 80, 89, 90, 100, 120."""
     num_sms: int
     """Streaming multiprocessors; the grid of a persistent kernel."""
+    shared_bytes: int
+    """Shared memory that one program can have."""
 
 
 def target(device: torch.device) -> Target:
     """Return the target of one device: of the active Triton driver, or what the interpreter stands in for."""
     if interpreted():
-        return Target(arch=90, num_sms=2)  # few programs, so that a persistent loop has several rounds
+        # Few programs, so that a persistent loop has several rounds.
+        return Target(arch=90, num_sms=2, shared_bytes=232_448)
     return _driver_target(device.index or 0)
 
 
@@ -38,7 +41,11 @@ def target(device: torch.device) -> Target:
 def _driver_target(index: int) -> Target:
     driver = triton.runtime.driver.active
     properties = driver.utils.get_device_properties(index)
-    return Target(arch=int(driver.get_current_target().arch), num_sms=int(properties["multiprocessor_count"]))
+    return Target(
+        arch=int(driver.get_current_target().arch),
+        num_sms=int(properties["multiprocessor_count"]),
+        shared_bytes=int(properties["max_shared_mem"]),
+    )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -127,7 +127,7 @@ def test_no_bit_depends_on_neighbours_or_on_the_launch(dtype: torch.dtype, monke
     batch = gaussian(replace(LONG, dtype=dtype, group_size=8))
     together = call(OP, batch.lay_out())
     with monkeypatch.context() as patch:
-        patch.setattr(decode_triton, "target", lambda device: Target(90, 7))
+        patch.setattr(decode_triton, "target", lambda device: Target(90, 7, 232_448))
         assert same_bits(call(OP, batch.lay_out()), together)
     start = 0
     for s, (query_len, _) in enumerate(LONG.seqs):

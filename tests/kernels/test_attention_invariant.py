@@ -203,7 +203,9 @@ def test_settings_depend_on_the_geometry_alone() -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for head_dim in (64, 80, 128, 256):
                 one, other = (
-                    invariant_triton.config(head_dim=head_dim, dtype=dtype, draft=draft, target=Target(arch, num_sms))
+                    invariant_triton.config(
+                        head_dim=head_dim, dtype=dtype, draft=draft, target=Target(arch, num_sms, 166_912)
+                    )
                     for draft, num_sms in ((True, 1), (False, 132))
                 )
                 assert (one.block_n, one.num_warps) == (other.block_n, other.num_warps)
@@ -215,7 +217,7 @@ def test_the_measure_would_notice(what: str, monkeypatch: pytest.MonkeyPatch) ->
     """Negative control: another size of splits, another tile or another value of one key gives other bits."""
     batch = gaussian(Shape(((2, 600),), num_kv_heads=1, group_size=2, dtype=FLOAT))
     expected, _ = attend(DECODE, batch)
-    settings = invariant_triton.config(head_dim=64, dtype=FLOAT, draft=False, target=Target(90, 132))
+    settings = invariant_triton.config(head_dim=64, dtype=FLOAT, draft=False, target=Target(90, 132, 232_448))
     if what == "split":
         monkeypatch.setattr(invariant_triton, "SPLIT_TOKENS", 256)
     elif what == "tile":

@@ -19,7 +19,7 @@ from .rounding import assert_rounding
 
 pytest.importorskip("triton")
 
-from octavo.kernels.attention import prefill_triton, worklist_triton
+from octavo.kernels.attention import cascade_triton, invariant_triton, prefill_triton, worklist_triton
 
 OPS = ("paged_attention_prefill",)
 OP = OPS[0]
@@ -105,7 +105,7 @@ def test_heads_beyond_a_tile_are_split() -> None:
     """37 heads share a KV head, where a tile has 32 rows: two tiles of 19 heads, of which the last has 18."""
     shape = Shape(((2, 9),), num_kv_heads=2, group_size=37)
     settings = prefill_triton.config(
-        head_dim=64, group_size=37, dtype=torch.float32, plain=True, target=Target(arch=90, num_sms=1)
+        head_dim=64, group_size=37, dtype=torch.float32, plain=True, target=Target(90, num_sms=1, shared_bytes=232_448)
     )
     assert (settings.block_m, settings.heads, settings.block_q) == (32, 19, 1)
     EXACT["needle"](OP, shape)
@@ -170,8 +170,34 @@ def test_settings_cover_every_work_item(head_dim: int, group_size: int, arch: in
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for plain in (True, False):
             settings = prefill_triton.config(
-                head_dim=head_dim, group_size=group_size, dtype=dtype, plain=plain, target=Target(arch, 132)
+                head_dim=head_dim, group_size=group_size, dtype=dtype, plain=plain, target=Target(arch, 132, 166_912)
             )
             assert 1 <= settings.block_q <= item_tokens
             assert settings.heads * settings.block_q <= settings.block_m
             assert min(settings.block_m, settings.block_n) >= 16, "the least a matrix product takes"
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120])
+@pytest.mark.parametrize("plain", [True, False])
+def test_tiles_fit_into_little_shared_memory(arch: int, plain: bool) -> None:
+    """Of 256 elements 101,376 bytes hold 64 queries and two tiles of 32 keys, not four; of 128 they hold all."""
+    small, large = Target(arch, 128, 101_376), Target(arch, 128, 232_448)
+
+    def found(head_dim: int, target: Target, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+        settings = prefill_triton.config(head_dim=head_dim, group_size=4, dtype=dtype, plain=plain, target=target)
+        return settings.block_n, settings.num_stages
+
+    assert found(128, small) == found(128, large)
+    assert found(256, small, torch.float32) == found(256, large, torch.float32)
+    assert found(256, small) == ((32, 2) if plain or arch == 120 else (16, 3))
+    assert found(256, large)[1] == 3
+
+
+def test_exact_products_of_wide_heads_fit_into_little_shared_memory() -> None:
+    """64 queries of 256 float32 elements leave no room for a second tile."""
+    for shared_bytes, num_stages in ((101_376, 1), (166_912, 2)):
+        target = Target(89, 128, shared_bytes)
+        invariant = invariant_triton.config(head_dim=256, dtype=torch.float32, draft=False, target=target)
+        cascade = cascade_triton.config(head_dim=256, dtype=torch.float32, target=target)
+        assert (invariant.block_n, cascade.block_n) == (16, 16), "bits depend on the tile"
+        assert (invariant.num_stages, cascade.num_stages) == (num_stages, num_stages)

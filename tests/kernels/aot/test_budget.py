@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import triton
 from octavo.kernels.aot.budget import BUDGET, broken, updated
-from octavo.kernels.aot.targets import GPUS
+from octavo.kernels.aot.targets import BUDGETED
 
 from .programs import output_of, run_program
 
@@ -99,7 +99,7 @@ def test_the_main_kernels_keep_their_ceilings(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("target", BUDGETED)
 def test_every_kernel_keeps_its_ceilings(target: str, tmp_path: Path) -> None:
     assert check("--target", target, "--cache", str(tmp_path)) == []
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import pytest
 from octavo.kernels.aot.__main__ import app
-from octavo.kernels.aot.targets import MODELS
+from octavo.kernels.aot.driver import fake_driver
+from octavo.kernels.aot.targets import GPUS, MODELS
+from octavo.kernels.common import launch
 from typer.testing import CliRunner
 
 from .programs import output_of
@@ -55,7 +57,7 @@ def test_keys_are_printed() -> None:
     [
         (("--model", "gpt5"), "unknown model 'gpt5'; known: llama-3-8b"),
         (("--model", "gpt2,wings=2"), "unknown size 'wings'; known: num_q_heads"),
-        (("--target", "sm_70"), "unknown target sm_70; known: sm_80, sm_90, sm_100"),
+        (("--target", "sm_70"), "unknown target sm_70; known: sm_80, sm_89, sm_90, sm_100, sm_120"),
     ],
 )
 def test_mistakes_are_named(arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +80,12 @@ def test_compilations_after_warm_up_are_counted_and_told_once_per_kernel() -> No
     (message,) = told["messages"]
     assert message.startswith("kernel toy_kernel was compiled after warm-up")
     assert "ROW_STRIDE=128" in message
+
+
+def test_a_target_has_the_shared_memory_that_one_program_can_have() -> None:
+    """What CUDA lets one block opt in to."""
+    found = {}
+    for name, gpu in GPUS.items():
+        with fake_driver(gpu):
+            found[name] = launch._driver_target(0).shared_bytes
+    assert found == {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}

@@ -88,6 +88,8 @@ PATCHES: tuple[Patch, ...] = (
         "capped(b_scores, scale / soft_cap, soft_cap)",
         "capped(b_scores, scale, soft_cap)",
     ),
+    Patch("soft_cap_cancels", "scores far below the cap lose bits", _TILE, "tl.abs(b_x) < 0.625", "tl.abs(b_x) < 0.0"),
+    Patch("soft_cap_near_too_far", "tanh by its polynomial, far out too", _TILE, "tl.abs(b_x) < 0.625", "b_x == b_x"),
     Patch(
         "window_plus_one",
         "the window is one token wider",
