@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile_triton import LOG2E, finish
+from .tile_triton import LARGEST, LOG2E, finish
 
 __all__ = ["MERGE", "combine_kernel", "live_splits", "merge_splits", "store_rows"]
 
@@ -93,7 +93,8 @@ def store_rows(
     """
     if p_sinks is not None:
         b_sink = tl.load(p_sinks + o_head, mask=m_row, other=0.0).to(tl.float32) * LOG2E
-        b_new_max = tl.maximum(b_max, b_sink)
+        # Finite, as inf - inf is NaN: a sum that is 0 or infinite then says that the row is empty, or all its sink's.
+        b_new_max = tl.minimum(tl.maximum(tl.maximum(b_max, b_sink), -LARGEST), LARGEST)
         b_rescale = tl.math.exp2(b_max - b_new_max)
         b_sum = b_sum * b_rescale + tl.math.exp2(b_sink - b_new_max)
         b_acc = b_acc * b_rescale[:, None]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_attention, check_positive, check_shape
+from ..common.checks import check_attention, check_positive, check_shape, check_side_by_side
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .cascade_triton import attend_shared, shares_split
 from .combine_triton import combine_kernel, live_splits, merge_splits, store_rows
@@ -28,7 +28,6 @@ from .reference import MAX_DECODE_QUERY_LEN
 from .tile_triton import LOG2E, capped, check_supported, key_rows, load_rows, softmax_step
 
 __all__ = ["DecodeConfig", "config", "decode_kernel", "paged_attention_decode"]
-
 
 _MAX_REGISTERS: Final = {4: 128, 3: 168, 2: 255}
 """Programs of 128 threads that a multiprocessor shall hold -> registers that leave each thread its share."""
@@ -335,6 +334,8 @@ def paged_attention_decode(
     group_size, num_seqs = num_q_heads // num_kv_heads, seq_lens.shape[0]
     if draft_mask is not None:
         check_shape("draft_mask", draft_mask, (num_tokens,))
+    check_side_by_side(cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table)
+    check_side_by_side(sinks=sinks, draft_mask=draft_mask)
     if isinstance(plan, InvariantPlan):
         return attend_invariant(
             q,

@@ -256,6 +256,7 @@ def attend_invariant(
     group_size, items = num_q_heads // num_kv_heads, plan.worklist.items
     heads = heads_per_tile(BLOCK_M, group_size)
     assert plan.worklist.item_tokens == BLOCK_M // heads, "the plan is another model's"
+    assert plan.worklist.num_seqs == len(seq_lens), "the plan is of another step"
     settings = config(
         head_dim=head_dim,
         dtype=q.dtype,

@@ -129,7 +129,7 @@ def plan_decode(
         shared: what is done for several sequences at once: nobody counts it, so not together with `fused`.
 
     Raises:
-        ValueError: decode does not take so many query tokens.
+        ValueError: decode does not take so many query tokens, or (on a CPU) a sequence has more than promised.
     """
     assert not (fused and shared is not None), "the last split would wait for shared ones"
     num_seqs = seq_lens.shape[0]
@@ -138,6 +138,8 @@ def plan_decode(
         longest = max(longest, int(cu_seqlens_q.diff().max()))
     if longest > MAX_DECODE_QUERY_LEN:
         raise ValueError(f"a sequence has {longest} query tokens; decode takes at most {MAX_DECODE_QUERY_LEN}")
+    if longest > max_query_len:
+        raise ValueError(f"a sequence has {longest} query tokens; max_query_len promises at most {max_query_len}")
     splits_per_seq = max(1, cdiv(block_table.shape[1] * block_size, SPLIT_TOKENS))
     max_items = num_seqs * splits_per_seq
     if max_splits is not None:

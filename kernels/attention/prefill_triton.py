@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_attention, check_positive
+from ..common.checks import check_attention, check_positive, check_side_by_side
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .invariant_triton import InvariantPlan, attend_invariant
 from .quantised_triton import attend_pairs, cache_pairs, join_pairs, layer_scale, no_pairs, score_pairs, split_queries
-from .tile_triton import LOG2E, capped, check_supported, finish, fit_tiles, load_rows, slot_rows, softmax_step
-from .worklist_triton import heads_per_tile, list_work, tokens_per_item
+from .tile_triton import LARGEST, LOG2E, capped, check_supported, finish, fit_tiles, load_rows, slot_rows, softmax_step
+from .worklist_triton import Worklist, heads_per_tile, list_work, tokens_per_item
 
 __all__ = ["Config", "config", "paged_attention_prefill"]
 
@@ -240,6 +240,8 @@ def _prefill(
     if p_sinks is not None:
         b_max = tl.load(p_sinks + o_head, mask=m_row, other=0.0).to(tl.float32) * LOG2E
         b_sum += 1.0
+        b_sum = tl.where(b_max < float("inf"), b_sum, b_max)  # infinite where the row is all its sink's
+        b_max = tl.minimum(b_max, LARGEST)  # inf - inf is NaN
 
     # keys       low      lead           full     end
     #   --------|--------|--------------|--------|------   BLOCK_N divides low, lead and full
@@ -323,6 +325,7 @@ def paged_attention_prefill(
     )
     check_supported(q, k_cache, out)
     check_positive("scale", scale)
+    check_side_by_side(cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table, sinks=sinks)
     if isinstance(worklist, InvariantPlan):
         return attend_invariant(
             q,
@@ -345,7 +348,9 @@ def paged_attention_prefill(
     item_tokens = tokens_per_item(head_dim, group_size)
     if worklist is None:
         worklist = list_work(cu_seqlens_q, seq_lens, num_tokens=num_tokens, item_tokens=item_tokens)
+    assert isinstance(worklist, Worklist), "the worklist is of another backend or op"
     assert worklist.item_tokens == item_tokens, "the worklist is another geometry's"
+    assert worklist.num_seqs == len(seq_lens), "the worklist is of another step"
     settings = config(
         head_dim=head_dim,
         group_size=group_size,

@@ -40,10 +40,12 @@ class Worklist:
     Args:
         items: [cdiv(num_tokens, item_tokens) + num_seqs, 2] int32: sequence, which of its items; sequence -1: none.
         item_tokens: successive query tokens of an item.
+        num_seqs: sequences of the step.
     """
 
     items: Tensor
     item_tokens: int
+    num_seqs: int
 
 
 @triton.jit
@@ -57,8 +59,10 @@ def _num_longer(first, end, length, ITEM_TOKENS: tl.constexpr):
     return tl.where((num_items > 0) & (end > length), num_items - shorter, 0)
 
 
-@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "num_seqs"])
-def _list_work(p_items, p_cu_seqlens_q, p_seq_lens, num_seqs, ITEM_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "num_seqs", "max_items"])
+def _list_work(
+    p_items, p_cu_seqlens_q, p_seq_lens, num_seqs, max_items, ITEM_TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):
     """items[rank of (s, i)] = (s, i), ranked by the keys that item i of sequence s sees, then by s.
 
     One program handles one sequence: it counts, in every sequence, the items that come before each of its own. Grid:
@@ -81,7 +85,8 @@ def _list_work(p_items, p_cu_seqlens_q, p_seq_lens, num_seqs, ITEM_TOKENS: tl.co
             # An earlier sequence also comes first with an item as long.
             o_beyond = o_length[:, None] - (o_other < i_seq)[None, :].to(tl.int32)  # [BLOCK, BLOCK]
             b_rank += tl.sum(_num_longer((b_end - b_stop + b_start)[None, :], b_end[None, :], o_beyond, ITEM_TOKENS), 1)
-        m_item = o_item < num_items
+        # A caller who promised fewer tokens loses results, but nothing is written past the list.
+        m_item = (o_item < num_items) & (b_rank < max_items)
         tl.store(p_items + 2 * b_rank, i_seq, mask=m_item)
         tl.store(p_items + 2 * b_rank + 1, o_item, mask=m_item)
 
@@ -93,13 +98,13 @@ def list_work(cu_seqlens_q: Tensor, seq_lens: Tensor, *, num_tokens: int, item_t
         num_tokens: query rows of all sequences, or more.
     """
     num_seqs = len(seq_lens)
-    size = (cdiv(num_tokens, item_tokens) + num_seqs, 2)
-    items = torch.full(size, -1, dtype=torch.int32, device=seq_lens.device)
+    max_items = cdiv(num_tokens, item_tokens) + num_seqs
+    items = torch.full((max_items, 2), -1, dtype=torch.int32, device=seq_lens.device)
     if num_seqs:
         _list_work[(num_seqs,)](
-            items, cu_seqlens_q, seq_lens, num_seqs, ITEM_TOKENS=item_tokens, BLOCK=_BLOCK, num_warps=4
+            items, cu_seqlens_q, seq_lens, num_seqs, max_items, ITEM_TOKENS=item_tokens, BLOCK=_BLOCK, num_warps=4
         )
-    return Worklist(items, item_tokens)
+    return Worklist(items, item_tokens, num_seqs)
 
 
 def plan_prefill(

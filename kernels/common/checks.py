@@ -5,6 +5,8 @@ They read only shapes, dtypes and devices, never a tensor's contents: nothing he
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,14 @@ __all__ = [
     "FLOAT_DTYPES",
     "check_attention",
     "check_choice",
+    "check_dtype",
     "check_float",
+    "check_index",
     "check_kernel_float",
     "check_out",
     "check_positive",
     "check_shape",
+    "check_side_by_side",
     "check_write_kv",
 ]
 
@@ -39,9 +44,21 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_positive(name: str, value: float | None) -> None:
-    """Raise ValueError unless `value` is above 0, or None."""
-    if value is not None and not value > 0:
-        raise ValueError(f"{name} is {value!r}; it must be above 0, or None")
+    """Raise ValueError unless `value` is above 0 and finite, or None."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be above 0 and finite, or None")
+
+
+def _check_window(window: int | None) -> None:
+    if window is not None and (type(window) is not int or window < 1):  # a float or a bool would be compared, silently
+        raise ValueError(f"window is {window!r}; it must be an int above 0, or None")
+
+
+def check_side_by_side(**tensors: Tensor | None) -> None:
+    """Raise ValueError where elements of a last axis lie apart: a kernel that is told no such stride misreads them."""
+    for name, x in tensors.items():
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} has strides {x.stride()}; the last one must be 1")
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -65,7 +82,14 @@ def check_out(out: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Ten
         )
 
 
-def _check_index(name: str, x: Tensor) -> None:
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `x` has this dtype."""
+    if x.dtype != dtype:
+        raise ValueError(f"{name} has dtype {x.dtype}; expected {dtype}")
+
+
+def check_index(name: str, x: Tensor) -> None:
+    """Raise ValueError unless `x` holds integers of 32 or 64 bits."""
     if x.dtype not in INDEX_DTYPES:
         raise ValueError(f"{name} has dtype {x.dtype}; allowed: int32, int64")
 
@@ -138,8 +162,8 @@ def check_attention(
     if block_table.dim() != 2 or block_table.shape[0] != num_seqs:
         raise ValueError(f"block_table has shape {tuple(block_table.shape)}; expected ({num_seqs}, max_blocks_per_seq)")
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("seq_lens", seq_lens), ("block_table", block_table)):
-        _check_index(name, x)
-    check_positive("window", window)
+        check_index(name, x)
+    _check_window(window)
     check_positive("soft_cap", soft_cap)
     if sinks is not None:
         check_shape("sinks", sinks, (q.shape[1],))
@@ -178,8 +202,8 @@ def check_write_kv(
     _check_caches(k_cache, v_cache, num_kv_heads, head_dim)
     check_shape("slot_mapping", slot_mapping, (num_tokens,))
     check_shape("positions", positions, (num_tokens,))
-    _check_index("slot_mapping", slot_mapping)
-    _check_index("positions", positions)
+    check_index("slot_mapping", slot_mapping)
+    check_index("positions", positions)
     if cos_sin is not None and (cos_sin.dim() != 2 or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim):
         raise ValueError(
             f"cos_sin has shape {tuple(cos_sin.shape)}; expected [max_position, rotary_dim], "

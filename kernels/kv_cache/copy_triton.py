@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_shape
+from ..common.checks import check_index, check_shape, check_side_by_side
 from ..common.launch import cdiv, next_power_of_2
 
 __all__ = ["Config", "config", "copy_blocks"]
@@ -72,6 +72,9 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> N
     on the device only, and programs of one launch run in any order.
     """
     check_shape("dst", dst, tuple(src.shape))
+    check_index("src", src)
+    check_index("dst", dst)
+    check_side_by_side(src=src, dst=dst)
     check_shape("v_cache", v_cache, tuple(k_cache.shape))
     if v_cache.dtype != k_cache.dtype:
         raise ValueError(f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; they must be one dtype")

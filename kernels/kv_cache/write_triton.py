@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_choice, check_kernel_float, check_write_kv
+from ..common.checks import check_choice, check_kernel_float, check_side_by_side, check_write_kv
 from ..common.launch import cdiv, next_power_of_2
 from ..rope.reference import RopeStyle
 
@@ -327,9 +327,7 @@ def write_kv(
     check_choice("rope_style", rope_style, ("neox", "interleaved"))
     if k_cache.dtype == torch.float64:
         raise ValueError("k_cache has dtype torch.float64; the triton backend takes no float64")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(2) != 1 and x.shape[2] > 1:
-            raise ValueError(f"{name} has strides {x.stride()}; the last one must be 1")
+    check_side_by_side(q=q, k=k, v=v, slot_mapping=slot_mapping, positions=positions)
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens == 0:
         return

@@ -6,10 +6,12 @@ Every kernel writes into a float32 copy, touches only the entries that are liste
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.checks import check_dtype
 from ..common.launch import cdiv
 from .params import SampleParams
 
@@ -47,7 +49,7 @@ def _entries_kernel(
     m_entry = o_entry < num_entries
     b_rows = tl.load(p_rows + o_entry, mask=m_entry, other=0).to(tl.int64)  # [BLOCK]
     b_ids = tl.load(p_token_ids + o_entry, mask=m_entry, other=NUM_IDS).to(tl.int64)  # [BLOCK]
-    m_entry &= b_ids < NUM_IDS
+    m_entry &= (b_ids >= 0) & (b_ids < NUM_IDS)
     p_entry = p_x + b_rows * STRIDE + b_ids
     if p_values is None:
         b_x = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -85,7 +87,7 @@ def _penalise_kernel(
     if tl.program_id(1) * BLOCK < num_seen:
         b_ids = tl.load(p_seen_ids + i_state * capacity + o_seen, mask=m_seen, other=NUM_IDS)  # [BLOCK]
         b_counts = tl.load(p_seen_counts + i_state * capacity + o_seen, mask=m_seen, other=0)  # [BLOCK]
-        m_seen &= b_ids < NUM_IDS
+        m_seen &= (b_ids >= 0) & (b_ids < NUM_IDS)
         p_entry = p_x + tl.load(p_rows + i_entry).to(tl.int64) * STRIDE + b_ids
         b_x = tl.load(p_entry, mask=m_seen, other=0.0)  # [BLOCK]
         repetition = tl.load(p_repetition + i_entry)
@@ -96,10 +98,17 @@ def _penalise_kernel(
 
 
 def edit_logits(x: Tensor, params: SampleParams, num_ids: int) -> None:
-    """Change logits in place, [n, at least num_ids] float32, as allowed, banned, bias and penalties say."""
+    """Change logits in place, [n, at least num_ids] float32, as allowed, banned, bias and penalties say.
+
+    Raises:
+        ValueError: the bitmask of allowed ids has too few words, or is not of int32.
+    """
     stride = x.stride(0)
     if params.allowed is not None and len(params.allowed.rows):
         rows, bitmask = map(Tensor.contiguous, params.allowed)
+        check_dtype("allowed.bitmask", bitmask, torch.int32)
+        if bitmask.shape[1] < cdiv(num_ids, 32):
+            raise ValueError(f"allowed.bitmask has {bitmask.shape[1]} words; {num_ids} ids need {cdiv(num_ids, 32)}")
         grid = len(rows), cdiv(num_ids, _BLOCK)
         _forbid_kernel[grid](
             x, rows, bitmask, STRIDE=stride, MASK_STRIDE=bitmask.stride(0), NUM_IDS=num_ids, BLOCK=_BLOCK

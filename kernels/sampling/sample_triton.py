@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_shape
+from ..common.checks import check_dtype, check_shape
 from ..common.launch import cdiv, next_power_of_2
 from .edit_triton import edit_logits
 from .noise import KEY_STARTS
@@ -46,6 +46,16 @@ __all__ = ["sample"]
 
 _KEY0, _KEY1 = map(tl.constexpr, KEY_STARTS)
 _MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
+_DTYPES = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float64,
+    "min_p": torch.float64,
+    "seed": torch.int64,
+    "choice": torch.int32,
+    "position": torch.int64,
+}
+"""What the kernels take, per row."""
 
 
 @triton.jit
@@ -277,11 +287,18 @@ def _scan(
 
 
 def _side_by_side(params: SampleParams, num_rows: int) -> SampleParams:
-    """Return the parameters with every per-row tensor contiguous."""
+    """Return the parameters with every per-row tensor contiguous.
+
+    Raises:
+        ValueError: names the parameter, what it is and what is allowed.
+    """
+    if params.num_valid_ids is not None and params.num_valid_ids < 1:
+        raise ValueError(f"num_valid_ids is {params.num_valid_ids}; it must be above 0, or None")
     per_row: dict[str, Tensor] = {}
-    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "choice", "position"):
+    for name, dtype in _DTYPES.items():
         if (x := getattr(params, name)) is not None:
             check_shape(name, x, (num_rows,))
+            check_dtype(name, x, dtype)
             per_row[name] = x.contiguous()
     return replace(params, **per_row)  # type: ignore[arg-type]
 
@@ -290,8 +307,8 @@ def sample(logits: Tensor, params: SampleParams, *, out: SampleOutput | None = N
     """See `octavo.kernels.sample`."""
     x = check_logits(logits)
     num_rows, vocab_size = x.shape
-    num_ids = vocab_size if params.num_valid_ids is None else min(params.num_valid_ids, vocab_size)
     params = _side_by_side(params, num_rows)
+    num_ids = vocab_size if params.num_valid_ids is None else min(params.num_valid_ids, vocab_size)
     if out is None:
         out = SampleOutput(
             torch.empty(num_rows, dtype=torch.int64, device=x.device),

@@ -7,7 +7,9 @@ from typing import Any
 import octavo.kernels
 import pytest
 import torch
+from octavo.kernels.sampling import AllowedTokens, BannedTokens, LogitBias, SampleParams
 from octavo.kernels.spec import load_specs
+from torch import Tensor
 
 from .seeds import case_inputs
 
@@ -29,8 +31,11 @@ ATTENTION = [
     ("ragged", {"seq_lens": torch.zeros(2, dtype=I32)}, "cu_seqlens_q has shape"),
     ("ragged", {"seq_lens": torch.zeros(6, dtype=F32)}, "seq_lens has dtype torch.float32; allowed: int32, int64"),
     ("ragged", {"block_table": torch.zeros(2, 3, dtype=I32)}, "block_table has shape"),
-    ("ragged", {"window": 0}, "window is 0; it must be above 0"),
+    ("ragged", {"window": 0}, "window is 0; it must be an int above 0"),
+    ("ragged", {"window": True}, "window is True; it must be an int above 0"),
+    ("ragged", {"window": 7.0}, "window is 7.0; it must be an int above 0"),
     ("ragged", {"soft_cap": -1.0}, "soft_cap is -1.0"),
+    ("ragged", {"soft_cap": float("inf")}, "soft_cap is inf; it must be above 0 and finite"),
     ("ragged", {"soft_cap": float("nan")}, "soft_cap is nan"),
     ("ragged", {"sinks": torch.zeros(3)}, r"sinks has shape \(3,\); expected \(4,\)"),
     ("ragged", {"out": torch.zeros(2, 4, 64)}, "out is"),
@@ -96,3 +101,81 @@ def test_caches_must_be_contiguous(backend: str) -> None:
     inputs["k_cache"] = inputs["k_cache"].transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="must be contiguous"):
         octavo.kernels.paged_attention_decode(**inputs)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """Return `x` with elements of its last axis two places apart."""
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+METADATA = [
+    *(
+        (op, "sinks", name)
+        for op in ("paged_attention_prefill", "paged_attention_decode")
+        for name in ("cu_seqlens_q", "seq_lens", "block_table", "sinks")
+    ),
+    ("paged_attention_decode", "draft", "draft_mask"),
+    ("paged_attention_decode", "int8", "k_scale"),
+    ("paged_attention_prefill", "int8", "v_scale"),
+    ("write_kv", "neox-float32", "slot_mapping"),
+    ("write_kv", "neox-float32", "positions"),
+    ("write_kv", "int8", "v_scale"),
+    ("copy_blocks", "chain", "src"),
+    ("copy_blocks", "chain", "dst"),
+]
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("op", "case", "name"), METADATA)
+def test_kernels_refuse_metadata_whose_elements_lie_apart(backend: str, op: str, case: str, name: str) -> None:
+    inputs = _inputs(op, case)
+    with pytest.raises(ValueError, match=f"{name} has strides"):
+        getattr(octavo.kernels, op)(**{**inputs, name: _apart(inputs[name])})
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", ["src", "dst"])
+def test_blocks_are_named_by_integers(backend: str, name: str) -> None:
+    inputs = _inputs("copy_blocks", "chain")
+    with pytest.raises(ValueError, match=f"{name} has dtype torch.float32; allowed: int32, int64"):
+        octavo.kernels.copy_blocks(**{**inputs, name: inputs[name].float()})
+
+
+SAMPLING = [
+    (SampleParams(num_valid_ids=0), "num_valid_ids is 0; it must be above 0"),
+    (SampleParams(num_valid_ids=-1), "num_valid_ids is -1"),
+    (SampleParams(temperature=torch.ones(2, dtype=torch.float64)), "temperature has dtype torch.float64"),
+    (SampleParams(top_k=torch.ones(2, dtype=torch.int64)), "top_k has dtype torch.int64; expected torch.int32"),
+    (SampleParams(top_p=torch.ones(2)), "top_p has dtype torch.float32; expected torch.float64"),
+    (SampleParams(min_p=torch.ones(2)), "min_p has dtype torch.float32"),
+    (SampleParams(seed=torch.ones(2, dtype=I32)), "seed has dtype torch.int32"),
+    (SampleParams(choice=torch.ones(2, dtype=torch.int64)), "choice has dtype torch.int64"),
+    (SampleParams(position=torch.ones(2, dtype=I32)), "position has dtype torch.int32"),
+    (
+        SampleParams(allowed=AllowedTokens(torch.tensor([1]), torch.ones((1, 1), dtype=I32))),
+        "allowed.bitmask has 1 words; 40 ids need 2",
+    ),
+    (
+        SampleParams(allowed=AllowedTokens(torch.tensor([1]), torch.ones((1, 2), dtype=torch.int64))),
+        "allowed.bitmask has dtype torch.int64; expected torch.int32",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("params", "message"), SAMPLING)
+def test_kernels_refuse_sampling_parameters(backend: str, params: SampleParams, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        octavo.kernels.sample(torch.zeros(2, 40), params)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_ids_outside_the_vocabulary_change_nothing(backend: str) -> None:
+    """A row's neighbours in memory are the other rows."""
+    logits = torch.arange(3.0)[:, None] + torch.arange(32.0)
+    rows, token_ids = torch.tensor([1, 1, 1]), torch.tensor([-1, 32, 63])
+    for params in (
+        SampleParams(banned=BannedTokens(rows, token_ids)),
+        SampleParams(bias=LogitBias(rows, token_ids - 3, torch.tensor([1e3, 0.0, 1e3]))),
+    ):
+        assert octavo.kernels.sample(logits, params).token_ids.tolist() == [31, 31, 31]
