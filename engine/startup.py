@@ -104,7 +104,9 @@ def start_engine(
             kernels.use_backend(resolved.backend)
         except kernels.BackendError as error:
             raise ConfigError(str(error)) from error
-        if (resolved.backend, resolved.device) == ("triton", "cpu") and not kernels.interpreted():
+        # Without a GPU `use_backend` has refused already, but for the interpreter and what only lists variants.
+        runs_on_gpu = torch.cuda.is_available() and not kernels.interpreted()
+        if (resolved.backend, resolved.device) == ("triton", "cpu") and runs_on_gpu:
             raise ConfigError("backend is 'triton' and device is 'cpu'; allowed: cuda, or auto")
         phase.detail = f"{model_config.family}, {checkpoint.num_bytes(torch.int8) / 1e6:,.0f} M parameters"
     with phase("build the tokenizer"):
