@@ -58,7 +58,6 @@ PATCHES: Final = (
     Patch("filter_temperature_row", "filters are at the first row's temperature", SAMPLE, _CHOSEN_TEMPERATURE, _CHOSEN_TEMPERATURE.replace(" + i_row", "")),
     Patch("no_finite_logit", "a row of -inf alone does not fail", SAMPLE, ' | (top == float("-inf"))', ""),
     Patch("ban_hides_nan", "only changed logits are judged", SAMPLE, "if p_best_before is not None:", "if p_best_before is None and p_best is None:"),
-    Patch("empty_chunk_nan", "a chunk of -inf alone scores NaN", SAMPLE, 'tl.where(b_x == float("-inf"), 0.0, race(b_z, key0, key1, o_id))', "race(b_z, key0, key1, o_id)"),
     Patch("k_plus_one", "top_k keeps one too many", SAMPLE, "kth_rank(p_row, top_k,", "kth_rank(p_row, top_k + 1,"),
     Patch("k_minus_one", "top_k keeps one too few", SAMPLE, "kth_rank(p_row, top_k,", "kth_rank(p_row, tl.maximum(top_k - 1, 1),"),
     Patch("k_of_one", "a top_k of 1 is ignored", SAMPLE, "(top_k > 0) &", "(top_k > 1) &"),
@@ -104,6 +103,6 @@ PATCHES: Final = (
     Patch("rank_of_ties", "tied tokens do not count in a rank", LOGPROBS, "(b_x >= chosen)", "(b_x > chosen)"),
     Patch("rank_padding", "lanes past the vocabulary count in a rank", LOGPROBS, "m_before = (b_x >= chosen) & (o_id < NUM_IDS)", "m_before = b_x >= chosen"),
     Patch("chosen_row", "every row has the first row's token", LOGPROBS, "tl.load(p_token_ids + i_row)", "tl.load(p_token_ids)"),
-    Patch("top_places", "each tile's top tokens overwrite the last tile's", LOGPROBS, "o_place = num_before + tl.cumsum", "o_place = tl.cumsum"),
+    Patch("top_id_plus_one", "top tokens are named by the id after theirs", LOGPROBS, "o_place, b_rank, mask=m_top)", "o_place, b_rank - 1, mask=m_top)"),
     Patch("top_row", "top tokens are the first row's", LOGPROBS, "p_row = p_logits + i_row * STRIDE\n        bound", "p_row = p_logits\n        bound"),
 )  # fmt: skip
