@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from octavo.kernels.dispatch import TRITON_BLOCK_SIZES
+
 from .config import BackendName, DTypeName, EngineConfig, ModelConfig
 from .errors import CapacityError, ConfigError
 
@@ -19,7 +21,6 @@ CPU_CACHE_FRACTION = 0.25
 """Part of the memory left on a CPU that the KV pool may take: the machine has other work."""
 CPU_BATCHED_TOKENS = 512
 GPU_BATCHED_TOKENS = 2048
-TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)

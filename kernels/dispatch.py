@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 
 __all__ = [
     "OPS",
+    "TRITON_BLOCK_SIZES",
     "Backend",
     "BackendError",
     "active",
@@ -49,6 +50,10 @@ OPS: Final[dict[str, dict[Backend, str]]] = {
     "log_softmax_top": {"torch": ".sampling.reference", "triton": ".sampling.logprobs_triton"},
 }
 """Op -> backend -> the module, relative to this package, that holds a function of the op's name."""
+
+
+TRITON_BLOCK_SIZES: Final = (16, 32, 64, 128)
+"""Tokens per block that the attention kernels are made for; the torch backend takes any."""
 
 
 class BackendError(RuntimeError):

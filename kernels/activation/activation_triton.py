@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_choice, check_kernel_float, check_out
+from ..common.checks import check_choice, check_kernel_float, check_out, check_side_by_side
 from ..common.launch import cdiv, next_power_of_2
 
 __all__ = ["Config", "config", "gated_activation", "ungated_activation"]
@@ -69,9 +69,7 @@ def _activation_kernel(
 
 
 def _launch(x: Tensor, kind: str, out: Tensor, *, gated: bool) -> Tensor:
-    for name, rows in (("x", x), ("out", out)):
-        if rows.stride(-1) != 1 and rows.shape[-1] > 1:
-            raise ValueError(f"{name} has strides {rows.stride()}; the last one must be 1")
+    check_side_by_side(x=x, out=out)
     rows, written = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
     size = written.shape[1]
     settings = config(size=size)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import Target, next_power_of_2
+from ..dispatch import TRITON_BLOCK_SIZES
 
 __all__ = [
     "LARGEST",
@@ -32,7 +33,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of finite float32
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BLOCK_SIZES = (16, 32, 64, 128)
 _MIN_HEAD_DIM, _MAX_HEAD_DIM = 16, 256
 
 
@@ -180,8 +180,10 @@ def check_supported(q: Tensor, k_cache: Tensor, out: Tensor | None) -> None:
     if k_cache.dtype not in (q.dtype, torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"k_cache is {k_cache.dtype}; the triton backend takes a cache of q's dtype, int8 or e4m3")
     block_size, head_dim = k_cache.shape[2:]
-    if block_size not in _BLOCK_SIZES:
-        raise ValueError(f"block_size is {block_size}; the triton backend takes {', '.join(map(str, _BLOCK_SIZES))}")
+    if block_size not in TRITON_BLOCK_SIZES:
+        raise ValueError(
+            f"block_size is {block_size}; the triton backend takes {', '.join(map(str, TRITON_BLOCK_SIZES))}"
+        )
     if k_cache.dtype != q.dtype and head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; the triton backend takes a quantised cache of an even one")
     if not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:

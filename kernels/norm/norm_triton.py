@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_kernel_float, check_out, check_shape
+from ..common.checks import check_kernel_float, check_out, check_shape, check_side_by_side
 from ..common.launch import next_power_of_2
 
 __all__ = ["Config", "config", "layer_norm", "rms_norm"]
@@ -115,13 +115,6 @@ def _layer_norm_kernel(
     tl.store(out + i_row * OUT_STRIDE + o_dim, b_out.to(out.dtype.element_ty), mask=m_dim)
 
 
-def _rows(name: str, x: Tensor) -> Tensor:
-    """Return [rows, hidden_size] on x's own memory, elements of a row side by side."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"{name} has strides {x.stride()}; the last one must be 1")
-    return x.view(-1, x.shape[-1])
-
-
 def _launch(
     kernel: Any, x: Tensor, residual: Tensor | None, out: Tensor | None, *rest: Tensor | float | None
 ) -> Tensor:
@@ -134,7 +127,9 @@ def _launch(
         raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}; x is {tuple(x.shape)} {x.dtype}")
     check_out(out, x.shape, x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    rows, sums, written = _rows("x", x), None if residual is None else _rows("residual", residual), _rows("out", out)
+    check_side_by_side(x=x, residual=residual, out=out)
+    rows, written = x.view(-1, hidden_size), out.view(-1, hidden_size)
+    sums = None if residual is None else residual.view(-1, hidden_size)
     settings = config(hidden_size=hidden_size)
     if len(rows):
         kernel[(len(rows),)](

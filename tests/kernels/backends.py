@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
+from octavo.kernels.dispatch import TRITON_BLOCK_SIZES
 from octavo.kernels.spec import Case
 
 from .calls import INTERPRETER
 from .paged import Shape
 
-TRITON_BLOCK_SIZES: Final = (16, 32, 64, 128)
 _REFUSED: Final = ("float64", torch.float64)
 _TILE: Final = 64
 MAX_TILES: Final = 20
