@@ -19,9 +19,9 @@ import typer
 from ..config import CacheConfig, EngineConfig, SchedulerConfig, setting_names
 from ..errors import RequestError
 from ..sampling_params import RULES, SamplingParams
+from ..strict_json import parse_json
 from .endings import run_to_end
 from .octavo_toml import read_octavo_toml
-from .strict_json import parse_json
 
 __all__ = ["Options", "parameter_from_text", "with_flags"]
 

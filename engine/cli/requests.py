@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 
 from ..errors import ConfigError, RequestError
 from ..sampling_params import RULES, SamplingParams
-from .strict_json import parse_json
+from ..strict_json import parse_json
 
 __all__ = ["BadRequest", "BatchRequest", "Kind", "RequestId", "Requests", "read_lines"]
 

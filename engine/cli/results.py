@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ConfigError
+from ..strict_json import parse_json
 from .answers import to_line
 from .requests import RequestId
-from .strict_json import parse_json
 
 __all__ = ["ResultFile"]
 
