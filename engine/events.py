@@ -3,17 +3,31 @@ listens.
 
 Everything that is shown of a run (metrics, explanations, traces, the live view) is computed from these events, so all
 of it agrees. Times are seconds of the engine's clock, `time.monotonic`, which all processes of a machine share.
+
+Events come in this order: what happens to sequences while step N is scheduled, step N itself, then the ends of the
+sequences that it finished. So whoever reads along knows the owner of every row of a step: the sequence that was last
+ADMITTED to it.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EventKind", "Recorder", "RequestEvent", "StepEvent", "WaitReason"]
+__all__ = [
+    "BlockState",
+    "EventKind",
+    "KVSnapshot",
+    "Recorder",
+    "RequestEvent",
+    "RunningSequence",
+    "StepEvent",
+    "WaitReason",
+    "WaitingSequence",
+]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -30,15 +44,19 @@ class EventKind(StrEnum):
     PREEMPTED = "preempted"
     """It lost its row and blocks, and is queued again."""
     FINISHED = "finished"
+    """It ended, wherever it was."""
 
 
 class WaitReason(StrEnum):
-    """Why the head of the queue is not admitted."""
+    """Why a sequence is not admitted; the last two are never told in an event."""
 
     NO_ROW = "no row free"
     NO_BUDGET = "token budget spent"
     NO_BLOCKS = "no blocks free"
     PREFIX = "waits for another request to compute the same prefix"
+    BEHIND = "behind others in the queue"
+    NEXT_STEP = "until the next step"
+    """Nothing is in its way that is known: the engine was busy with a step, or has not looked yet."""
 
 
 class RequestEvent(NamedTuple):
@@ -47,16 +65,20 @@ class RequestEvent(NamedTuple):
     kind: EventKind
     time_s: float
     step: int
-    """The step that was being scheduled or updated, or the next one."""
+    """ADMITTED: the first step it runs in; PREEMPTED: the first it does not; FINISHED: the last that was handed out, so
+    the last it may have run in, or -1; ARRIVED, WAITS: the next to be handed out."""
     request_id: str
     choice: int
     """Which of the n choices."""
     row: int = -1
-    """ADMITTED, PREEMPTED: its row."""
+    """ADMITTED, PREEMPTED: its row; FINISHED: its row, or -1 where it was waiting."""
     num_tokens: int = 0
-    """ARRIVED, ADMITTED: prompt and output so far; PREEMPTED: tokens whose KV was given up; FINISHED: output."""
+    """ARRIVED: the prompt's; ADMITTED: prompt and output so far; PREEMPTED: those whose KV was given up; FINISHED: of
+    the output, as far as it counts: a stop string found by the front takes some back."""
     num_cached_tokens: int = 0
     """ADMITTED: tokens found in the prefix cache."""
+    max_tokens: int = 0
+    """ARRIVED: the most it may generate."""
     detail: str = ""
     """WAITS: the reason; FINISHED: the finish reason."""
 
@@ -78,13 +100,59 @@ class StepEvent(NamedTuple):
     num_scheduled_tokens: Int32Array
     """[num_seqs] tokens each ran."""
     sampled: Int32Array
-    """[num_sampled] positions in `rows` of those that sampled a token."""
+    """[num_sampled] positions in `rows` of those that got a token: not those that left or failed meanwhile."""
     num_waiting: int
     num_free_blocks: int
     """Cached ones included: they are free until somebody needs them."""
     num_cached_blocks: int
     failed: str = ""
     """Why it failed, if it did."""
+
+
+class BlockState(IntEnum):
+    """What a block of the KV pool is used for."""
+
+    FREE = 0
+    CACHED = 1
+    """Free, and what is in it can still be found."""
+    PRIVATE = 2
+    """One sequence uses it."""
+    SHARED = 3
+    """Several do."""
+
+
+class WaitingSequence(NamedTuple):
+    """A sequence in the queue."""
+
+    request_id: str
+    choice: int
+    reason: WaitReason
+    waited_s: float
+    """Since it arrived; preempted ones count from there, too."""
+
+
+class RunningSequence(NamedTuple):
+    """A sequence that has a row."""
+
+    request_id: str
+    choice: int
+    row: int
+    num_tokens: int
+    """Prompt and output so far."""
+    num_computed_tokens: int
+
+
+class KVSnapshot(NamedTuple):
+    """Who holds what at one moment, between two steps."""
+
+    time_s: float
+    blocks: npt.NDArray[np.uint8]
+    """[num_blocks] `BlockState` of blocks 1 to num_blocks."""
+    num_waiting: int
+    waiting: list[WaitingSequence]
+    """The first of the queue, in order."""
+    running: list[RunningSequence]
+    """In service order."""
 
 
 class Recorder(Protocol):

@@ -14,8 +14,12 @@ handed out, and here serves as head and tail of the ring.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 __all__ = ["NULL_BLOCK", "BlockPool", "CachedBlock"]
 
@@ -42,10 +46,12 @@ class BlockPool:
         assert num_blocks >= 1, f"a pool of {num_blocks} blocks"
         self.num_blocks = num_blocks
         self.num_free = num_blocks
-        self.ref_counts = [0] * (num_blocks + 1)
+        # Counts and marks are buffers that numpy can look at as they are, for `states`.
+        self.ref_counts = array("i", bytes(4 * (num_blocks + 1)))
         self._next = [*range(1, num_blocks + 1), NULL_BLOCK]
         self._previous = [num_blocks, *range(num_blocks)]
         self._cached: list[CachedBlock | None] = [None] * (num_blocks + 1)
+        self._is_cached = bytearray(num_blocks + 1)
         self._by_digest: dict[bytes, int] = {}
 
     @property
@@ -87,6 +93,7 @@ class BlockPool:
             return False
         self._by_digest[entry.digest] = block
         self._cached[block] = entry
+        self._is_cached[block] = True
         return True
 
     def find(self, entry: CachedBlock) -> int | None:
@@ -109,12 +116,21 @@ class BlockPool:
         entry = self._cached[block]
         if entry is not None:
             self._cached[block] = None
+            self._is_cached[block] = False
             del self._by_digest[entry.digest]
 
     def forget_all(self) -> None:
         """Empty the cache; used blocks stay used, free ones free."""
         self._by_digest.clear()
         self._cached = [None] * (self.num_blocks + 1)
+        self._is_cached = bytearray(self.num_blocks + 1)
+
+    def states(self) -> npt.NDArray[np.uint8]:
+        """Return the `BlockState` of blocks 1 to num_blocks: [num_blocks]."""
+        ref_counts = np.frombuffer(self.ref_counts, dtype=np.int32)[1:]
+        states = np.minimum(ref_counts, 2).astype(np.uint8)
+        states += states > 0
+        return np.where(states, states, np.frombuffer(self._is_cached, dtype=np.uint8)[1:])
 
     def free_blocks(self) -> list[int]:
         """Return the free blocks in the order in which they would be taken."""
@@ -138,6 +154,8 @@ class BlockPool:
         for block in [*free, NULL_BLOCK]:
             assert self._previous[block] == before, f"the free list is not the same backwards at block {block}"
             before = block
+        marked = [block for block, entry in enumerate(self._cached) if entry is not None]
+        assert np.flatnonzero(np.frombuffer(self._is_cached, dtype=np.uint8)).tolist() == marked, "cached and marked"
         named = {block: entry.digest for block, entry in enumerate(self._cached) if entry is not None}
         assert named == {block: digest for digest, block in self._by_digest.items()}, "cached blocks and digests differ"
 

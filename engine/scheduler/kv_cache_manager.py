@@ -185,7 +185,7 @@ class KVCacheManager:
             assert self.capacity[row] == len(table) * self.block_size, f"row {row}: capacity {self.capacity[row]}"
             for block in table:
                 ref_counts[block] += 1
-        assert ref_counts == self.pool.ref_counts, "reference counts differ from the tables"
+        assert ref_counts == self.pool.ref_counts.tolist(), "reference counts differ from the tables"
         for digest, row in self._pending.items():
             assert row in running, f"row {row} is free but still announces a block"
             assert digest in running[row].digests, f"row {row} announces a block that is not its own"

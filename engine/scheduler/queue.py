@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
 
 from ..request import Request
 
@@ -51,6 +51,10 @@ class WaitingQueue:
             self._heap = [item for item in self._heap if not item[1].status.is_finished]
             heapify(self._heap)
             self._num_dead = 0
+
+    def first(self, count: int) -> list[Request]:
+        """Return the next `count` of the living, in order: for reports."""
+        return nsmallest(count, self.requests(), key=lambda request: request.order)
 
     def requests(self) -> list[Request]:
         """Return the living in no particular order: for tests and reports."""

@@ -41,9 +41,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError
+from ..events import KVSnapshot, Recorder, RunningSequence, WaitingSequence, WaitReason
 from ..request import Request, RequestStatus, RowTable
 from ..step import EngineOutput, ModelOutput, NewSequence, SchedulerOutput
+from .admission import Admission
 from .batch import NewBlocks, Steady, batch_order, split_budget, steady_batch, to_int32
+from .emitter import Emitter
 from .kv_cache_manager import KVCacheManager, Prefix
 from .limits import SchedulerLimits, SchedulerStats
 from .news import keep_extras, last_news, news
@@ -67,15 +70,6 @@ class _Flight(NamedTuple):
     """Rows that were released since."""
 
 
-class _Blocked(NamedTuple):
-    """Why the head of the queue could not be admitted, so that asking again costs no walk over its prefix."""
-
-    request: Request
-    prefix: Prefix
-    waits: bool
-    """For a pending block; else for free blocks."""
-
-
 class Scheduler:
     """Decides which rows run how many tokens in each step, and keeps requests, rows and blocks in order.
 
@@ -84,14 +78,19 @@ class Scheduler:
     Args:
         limits: what there is to use.
         clock: returns seconds; never runs backwards.
+        recorder: takes every event of the run, those of a step included: it is here that a step begins and ends.
     """
 
-    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float], recorder: Recorder | None = None) -> None:
         self.limits = limits
         self.rows = RowTable(limits.max_num_seqs, limits.max_model_len, limits.vocab_size)
         self.kv = KVCacheManager(limits)
         self.waiting = WaitingQueue()
         self._clock = clock
+        self._events = None if recorder is None else Emitter(recorder, clock)
+        self._admission = Admission(limits, self.rows, self.kv)
+        self._waits: tuple[Request, WaitReason] | None = None
+        """The head of the queue when it was last refused, and why."""
         self._requests: dict[str, dict[int, Request]] = {}
         # Running rows in service order. Released rows stay in it until `_drop_released`.
         self._order: IndexArray = np.empty(0, dtype=np.intp)
@@ -102,7 +101,6 @@ class Scheduler:
         self._steady: Steady | None = None
         self._num_streaming = 0
         self._without_first_token: dict[int, Request] = {}
-        self._blocked: _Blocked | None = None
         self._flight: _Flight | None = None
         self._num_steps = 0
         self._num_preemptions = 0
@@ -137,6 +135,8 @@ class Scheduler:
                 request.priority = 0
             request.arrival_time_s = now
             self.waiting.push(request)
+            if self._events is not None:
+                self._events.arrived(request, self._num_steps)
         self._requests[request_id] = {request.index: request for request in requests}
 
     def abort(self, request_id: str) -> list[EngineOutput]:
@@ -180,6 +180,26 @@ class Scheduler:
         """Return the requests that have a row, in service order: for tests and reports."""
         return [self.rows.request(row) for row in self._order[self._is_running[self._order]].tolist()]
 
+    def snapshot(self, max_waiting: int = 256) -> KVSnapshot:
+        """Return who holds what, for the live view: a pass over the running rows and, in numpy, over the blocks.
+
+        Args:
+            max_waiting: how many of the queue to name.
+        """
+        now, waiting = self._clock(), list[WaitingSequence]()
+        for request in self.waiting.first(max_waiting):
+            reason = WaitReason.BEHIND if waiting else WaitReason.NEXT_STEP
+            if self._waits is not None and self._waits[0] is request:
+                reason = self._waits[1]
+            waited_s = now - request.arrival_time_s
+            waiting.append(WaitingSequence(request.request_id, request.index, reason, waited_s))
+        num_tokens, num_computed = self.rows.num_tokens.tolist(), self.rows.num_computed_tokens.tolist()
+        running = [
+            RunningSequence(r.request_id, r.index, r.row, num_tokens[r.row], num_computed[r.row])
+            for r in self.running_requests()
+        ]
+        return KVSnapshot(now, self.kv.pool.states(), len(self.waiting), waiting, running)
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached block; who uses one keeps it."""
         self.kv.pool.forget_all()
@@ -187,6 +207,8 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """Decide the next step; None where nothing can run."""
         assert self._flight is None, "schedule() before update() of the step before"
+        if self._events is not None:
+            self._events.begin()
         self._drop_released()
         self._inject_preemption()
         blocks = NewBlocks()
@@ -256,16 +278,16 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens - int(counts.sum())
         new_sequences: list[NewSequence] = []
         admitted: list[tuple[int, int]] = []
-        num_available = -1
-        while budget > 0 and self.rows.num_free_rows > 0:
-            request = self.waiting.head()
-            if request is None:
+        self._admission.begin(self._order)
+        while (request := self.waiting.head()) is not None:
+            prefix = self._admission.look_up(request, budget)
+            if isinstance(prefix, WaitReason):
+                if self._waits != (request, prefix):
+                    self._waits = (request, prefix)
+                    if self._events is not None:
+                        self._events.waits(request, prefix, self._num_steps)
                 break
-            if num_available < 0:
-                num_available = self._num_available_blocks()
-            prefix = self._look_up(request, num_available)
-            if prefix is None:
-                break
+            self._waits = None
             self.waiting.pop()
             count = min(len(request.token_ids) - prefix.num_tokens, budget)
             row = self._start(request, prefix)
@@ -276,44 +298,9 @@ class Scheduler:
             new_sequences.append(_new_sequence(request))
             admitted.append((row, count))
             budget -= count
-            num_available -= prefix.demand
         if admitted:
             counts = self._join_order(admitted, counts)
         return counts, new_sequences
-
-    def _num_available_blocks(self) -> int:
-        """Return the free blocks that are not spoken for.
-
-        Rows that run will want blocks for the tokens they have and the next one; beside them a hundredth of the pool
-        stays free, so that an admission is not undone by the next block somebody needs. Nothing is kept from a request
-        that would run alone.
-        """
-        order = self._order
-        if len(order) == 0:
-            return self.kv.pool.num_free
-        wanted = self.rows.num_tokens[order] + 1
-        wanted -= self.kv.capacity[order]
-        wanted += self.kv.block_size - 1
-        np.maximum(wanted, 0, out=wanted)
-        wanted //= self.kv.block_size
-        return max(0, self.kv.pool.num_free - int(wanted.sum()) - self.limits.num_blocks // 100)
-
-    def _look_up(self, request: Request, num_available: int) -> Prefix | None:
-        """Return the prefix with which a request can be admitted now, or None if it has to wait."""
-        kv, blocked = self.kv, self._blocked
-        if blocked is not None and blocked.request is request:
-            if blocked.waits:
-                if kv.is_pending(blocked.prefix.next_digest):
-                    return None
-            elif num_available < blocked.prefix.demand and not kv.pool.has(blocked.prefix.next_digest):
-                return None
-        prefix = kv.look_up(request)
-        waits = kv.is_pending(prefix.next_digest)
-        if waits or prefix.demand > num_available:
-            self._blocked = _Blocked(request, prefix, waits)
-            return None
-        self._blocked = None
-        return prefix
 
     def _start(self, request: Request, prefix: Prefix) -> int:
         row = self.rows.admit(request, prefix.num_tokens)
@@ -322,9 +309,12 @@ class Scheduler:
         self._num_streaming += request.stream
         self._prefix_cache_queries += len(request.token_ids)
         self._prefix_cache_hits += prefix.num_tokens
+        now = self._clock()
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = prefix.num_tokens
-            request.first_scheduled_time_s = self._clock()
+            request.first_scheduled_time_s = now
+        if self._events is not None:
+            self._events.admitted(request, self._num_steps, now, prefix.num_tokens)
         if request.first_token_time_s is None:
             self._without_first_token[row] = request
         return row
@@ -385,6 +375,8 @@ class Scheduler:
         )
         self._num_steps += 1
         self._flight = _Flight(work, index, [])
+        if self._events is not None:
+            self._events.handed_out()
         return work
 
     def _steady_batch(self) -> Steady:
@@ -405,6 +397,8 @@ class Scheduler:
             self._drop_released()
 
     def _preempt(self, row: int) -> None:
+        if self._events is not None:
+            self._events.preempted(self.rows.request(row), self._num_steps, int(self.rows.num_computed_tokens[row]))
         request = self._release(row)
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
@@ -417,16 +411,16 @@ class Scheduler:
         table, index = self.rows, flight.rows
         said = self._end_failed(flight, output)
         tokens, ends = output.token_ids, work.num_computed_tokens + work.num_scheduled_tokens
-        all_sampled = len(work.sampled) == len(index)
+        sampled, all_sampled = work.sampled, len(work.sampled) == len(index)
         if work.num_tokens > len(index):
             counts = work.num_scheduled_tokens
             self._num_prefill_tokens += int(counts[counts > 1].sum())
         self._all_decode = all_sampled and len(index) == len(self._order)
-        sampled_rows = index if all_sampled else index[work.sampled]
+        sampled_rows = index if all_sampled else index[sampled]
         if flight.left:
             # Their rows are free, and belong to nobody before the next schedule().
             stayed = self._is_running[sampled_rows]
-            sampled_rows, tokens = sampled_rows[stayed], tokens[stayed]
+            sampled, sampled_rows, tokens = sampled[stayed], sampled_rows[stayed], tokens[stayed]
             stayed = self._is_running[index]
             index, ends = index[stayed], ends[stayed]
 
@@ -449,6 +443,8 @@ class Scheduler:
                 said.append(self._end(request, end[0], stop_reason=end[1]))
             elif request.stream:
                 said.append(news(request, table))
+        if self._events is not None:
+            self._events.ended(work, sampled, len(self.waiting), self.kv.pool)
         return said
 
     def _end_failed(self, flight: _Flight, output: ModelOutput) -> list[EngineOutput]:
@@ -473,16 +469,21 @@ class Scheduler:
         self._all_decode = False
         # The runner may have raised before it took the rows out that this step removed.
         self._removed_rows = [*work.removed_rows.tolist(), *self._removed_rows]
-        return [
+        said = [
             self._end(self.rows.request(row), RequestStatus.FINISHED_ERROR, error=message)
             for row in flight.rows[self._is_running[flight.rows]].tolist()
         ]
+        if self._events is not None:
+            self._events.ended(work, work.sampled[:0], len(self.waiting), self.kv.pool, failed=message)
+        return said
 
     def _land(self, work: SchedulerOutput) -> _Flight:
         flight = self._flight
         assert flight is not None, "update() without schedule()"
         assert flight.work is work, f"update() of step {work.step}; in flight is step {flight.work.step}"
         self._flight = None
+        if self._events is not None:
+            self._events.landed()
         return flight
 
     def _note_first_tokens(self) -> None:
@@ -513,9 +514,9 @@ class Scheduler:
             error: why it failed.
             forget: nothing in its blocks can be trusted.
         """
-        token_ids = self.rows.output_token_ids(request)[:num_output_tokens]
-        if request.row >= 0:
-            self._release(request.row, forget=forget)
+        token_ids, row = self.rows.output_token_ids(request)[:num_output_tokens], request.row
+        if row >= 0:
+            self._release(row, forget=forget)
             request.status = status
         else:
             request.status = status
@@ -526,6 +527,8 @@ class Scheduler:
             del self._requests[request.request_id]
         request.stop_reason = stop_reason
         request.finish_time_s = self._clock()
+        if self._events is not None:
+            self._events.finished(request, self._num_steps - 1, row, len(token_ids))
         return last_news(request, token_ids, error)
 
     def _release(self, row: int, *, forget: bool = False) -> Request:

@@ -20,6 +20,7 @@ from octavo.engine.step import EngineOutput, ModelOutput, SchedulerOutput
 
 from .client import Sequence, Violation, check
 from .invariants import Invariants
+from .ledger import Ledger
 from .scenario import Scenario
 
 __all__ = ["Failure", "Simulation", "run", "shrink"]
@@ -101,7 +102,8 @@ class Simulation:
             ),
         )
         self.now = 0.0
-        self.scheduler = Scheduler(self.limits, lambda: self.now)
+        self.ledger = Ledger()
+        self.scheduler = Scheduler(self.limits, lambda: self.now, self.ledger)
         self.runner = FakeRunner(
             num_blocks=scenario.num_blocks,
             block_size=scenario.block_size,
@@ -153,6 +155,7 @@ class Simulation:
             raise self.broken
         self._hear(outputs)
         self.invariants.check_state()
+        check("I13", not self.ledger.complaints, "; ".join(self.ledger.complaints[:1]))
         if self.step % 16 == 0 and not self.invariants.held:
             self.scheduler.check_integrity()
 
@@ -177,6 +180,30 @@ class Simulation:
         check("I11", not self.alive, f"{sorted(self.alive)} never ended")
         check("I11", stats.num_running == stats.num_waiting == 0, f"{stats} after the drain")
         check("I8", not self.scheduler.kv.has_pending, "blocks are announced after the drain")
+        self._check_ledger()
+
+    def _check_ledger(self) -> None:
+        """Compare what the events say of the whole run with what users heard and the scheduler counted."""
+        stats, ledger, accounts = self.scheduler.stats, self.ledger, self.ledger.accounts
+        check("I13", accounts.keys() == self.sequences.keys(), "the events are of other sequences")
+        for key, sequence in self.sequences.items():
+            account = accounts[key]
+            end = account.end
+            check("I13", end is not None, f"{account} never ended")
+            heard, cut = len(sequence.tokens), sequence.cut()
+            check("I13", account.num_sampled == heard, f"{account}: {heard} tokens were heard")
+            kept = heard if cut is None or end.detail != "stop" else cut
+            check("I13", end.num_tokens in (heard, kept), f"{account}: {kept} of {heard} tokens were kept")
+            check("I13", account.num_admitted == account.num_preempted + (end.row >= 0), f"{account}: admissions")
+        sums = {
+            "num_steps": ledger.num_steps,
+            "num_preemptions": sum(account.num_preempted for account in accounts.values()),
+            "prefix_cache_hits": ledger.num_cached_tokens,
+            "prefix_cache_queries": ledger.num_looked_up_tokens,
+            "num_output_tokens": sum(account.num_sampled for account in accounts.values()),
+        }
+        for name, value in sums.items():
+            check("I13", getattr(stats, name) == value, f"{name} is {getattr(stats, name)}, by the events {value}")
 
     def _arrive(self) -> None:
         """Add a request: a shared prefix, an own end, perhaps the continuation of an earlier answer."""
