@@ -53,7 +53,7 @@ class WaitReason(StrEnum):
     NO_ROW = "no row free"
     NO_BUDGET = "token budget spent"
     NO_BLOCKS = "no blocks free"
-    PREFIX = "waits for another request to compute the same prefix"
+    PREFIX = "another request is computing the same prefix"
     BEHIND = "behind others in the queue"
     NEXT_STEP = "until the next step"
     """Nothing is in its way that is known: the engine was busy with a step, or has not looked yet."""
