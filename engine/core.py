@@ -6,17 +6,19 @@ a reading of the clock outside the injected one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import EngineDeadError, RequestError
+from .events import KVSnapshot
 from .request import Request
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .step import EngineOutput, ModelRunner
+from .step import EngineOutput, Grammar, ModelRunner
 
 __all__ = ["EngineCore"]
 
@@ -28,19 +30,44 @@ class EngineCore:
     """Runs many sequences together, one step at a time.
 
     Args:
-        scheduler: decides what runs.
+        scheduler: decides what runs, and tells its recorder.
         runner: runs it.
         seed: where seeds of requests without one come from.
+        grammars: turns a request's `structured_outputs` into a grammar; None: there is no text, so there are none.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        *,
+        seed: int = 0,
+        grammars: Callable[[Mapping[str, Any]], Grammar] | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._rng = Random(seed)
+        self._grammars = grammars
         self._num_failed_steps = 0
         self._num_arrived = 0
         self._untold: list[EngineOutput] = []
         """News of a step that was interrupted, for the next one to return."""
+
+    def compile_grammar(self, params: SamplingParams) -> Grammar | None:
+        """Compile what a request wants its output to look like; None where it wants nothing.
+
+        Takes up to seconds and may be called from any thread, so that a loop need not stand still for it.
+
+        Raises:
+            RequestError: it cannot be compiled; `param` is "structured_outputs".
+        """
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise RequestError(
+                "structured_outputs is given and the model has no tokenizer; leave it out", "structured_outputs"
+            )
+        return self._grammars(params.structured_outputs)
 
     def add_request(
         self,
@@ -50,6 +77,7 @@ class EngineCore:
         *,
         stream: bool = False,
         cache_domain: str = "",
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request: `params.n` sequences over one prompt.
 
@@ -59,6 +87,7 @@ class EngineCore:
             params: `max_tokens` of None means up to the engine's limit.
             stream: report each token as it comes, instead of all at the end.
             cache_domain: whom the request comes from; prefix blocks never cross domains, whatever `params.cache_salt`.
+            grammar: what `compile_grammar` returned for these parameters; None: compiled here if there is one.
 
         Raises:
             RequestError: the request can never run, or its id is taken.
@@ -73,6 +102,8 @@ class EngineCore:
         stops = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stops |= limits.eos_token_ids
+        if grammar is None:
+            grammar = self.compile_grammar(params)
         seed = self._rng.getrandbits(63) if params.seed is None else params.seed
         self._num_arrived += 1
         self.scheduler.add(
@@ -87,6 +118,7 @@ class EngineCore:
                     seed=seed,
                     stop_token_ids=stops,
                     priority=params.priority,
+                    grammar=grammar,
                     arrival=self._num_arrived,
                     cache_salt=f"{len(cache_domain)}:{cache_domain}{params.cache_salt or ''}",
                     stream=stream,
@@ -102,6 +134,10 @@ class EngineCore:
     def finish(self, request_id: str, index: int, num_output_tokens: int) -> EngineOutput | None:
         """End one sequence at a stop string the front has found, keeping its first `num_output_tokens` tokens."""
         return self.scheduler.finish(request_id, index, num_output_tokens)
+
+    def snapshot(self) -> KVSnapshot:
+        """Return who holds what between two steps, for the live view."""
+        return self.scheduler.snapshot()
 
     @property
     def has_unfinished(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .sampling_params import SamplingParams
-from .step import FinishReason, LogprobEntry
+from .step import FinishReason, Grammar, LogprobEntry
 
 __all__ = ["Request", "RequestStatus", "RowTable"]
 
@@ -75,6 +75,8 @@ class Request:
     """Smaller is served earlier, under the priority policy."""
     arrival: int = 0
     """Order of arrival, kept across preemption."""
+    grammar: Grammar | None = None
+    """What the output must look like; None: anything."""
     cache_salt: str = ""
     """Prefix blocks are shared only between requests of equal salt."""
     stream: bool = False

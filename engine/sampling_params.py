@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .config import GenerationConfig
 from .errors import RequestError, describe
+from .output_format import MAX_OUTPUT_FORMAT_BYTES, MAX_OUTPUT_FORMAT_DEPTH, check_output_format
 
 __all__ = ["RULES", "Rule", "SamplingParams", "check_field"]
 
@@ -121,6 +122,13 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
     return {_token_id(token_id): _bias(bias) for token_id, bias in value.items()} or None
 
 
+def _structured_outputs(value: Any) -> dict[str, Any] | None:
+    try:
+        return None if value is None else check_output_format(value)
+    except ValueError:
+        raise _Refused from None
+
+
 RULES: dict[str, Rule] = {
     "n": Rule("int", "an integer from 1 to 128", _integer(1, 128)),
     "temperature": Rule("float", "a number from 0 to 2; 0 is greedy", _number(0.0, 2.0)),
@@ -155,6 +163,12 @@ RULES: dict[str, Rule] = {
     "detokenize": Rule("bool", "true or false", _flag),
     "return_hidden_states": Rule(
         "list[int]", "1 to 256 layer indices, from 0", _optional(_listed(_integer(0, 65535), 1, 256))
+    ),
+    "structured_outputs": Rule(
+        "dict[str, Any]",
+        "one of json (a schema), json_object (true), regex, choice (1 to 1024 strings) and grammar (Lark), at most "
+        f"{MAX_OUTPUT_FORMAT_BYTES // 1024} KB and {MAX_OUTPUT_FORMAT_DEPTH} deep",
+        _structured_outputs,
     ),
     "priority": Rule("int", "an integer from -2**31 to 2**31 - 1; lower runs first", _integer(-(2**31), _INT32_MAX)),
     "cache_salt": Rule("str", "a string of 1 to 256 characters", _optional(_text(256))),
@@ -240,6 +254,8 @@ class SamplingParams:
     """Turn token ids into text."""
     return_hidden_states: Sequence[int] | None = None
     """Layers whose hidden states to return; None: none."""
+    structured_outputs: Mapping[str, Any] | None = None
+    """What the output must look like; None: anything. It ends where nothing can follow, whatever min_tokens."""
     priority: int = 0
     """Lower runs first, where the scheduler's policy is priority."""
     cache_salt: str | None = None

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from .config import EngineConfig, GenerationConfig, ModelConfig
 from .core import EngineCore
 from .errors import ConfigError
+from .events import Recorder
 from .hardware import detect
 from .resolve import ResolvedConfig, resolve
 from .scheduler import Scheduler, SchedulerLimits
+from .structured import GrammarCompiler
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ class Engine:
     phases: tuple[StartupPhase, ...]
 
 
+PROGRESS_PERIOD_S = 1.0
+"""Between two words on how far a phase is."""
+
+
 class _Phases:
     """Times the phases and tells of each as it begins."""
 
@@ -65,19 +71,35 @@ class _Phases:
         yield
         self.done.append(StartupPhase(name, time.monotonic() - start, self.detail))
 
+    def progress(self, name: str) -> Progress:
+        """Return what tells, now and then, how far the phase is that begins now."""
+        start = told = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if self._on_phase is not None and now - told >= PROGRESS_PERIOD_S:
+                told = now
+                self._on_phase(f"{name}: {done} of {total}, {now - start:.0f} s")
+
+        return tell
+
 
 def start_engine(
     config: EngineConfig,
     *,
     on_phase: Callable[[str], None] | None = None,
     on_weights: Progress | None = None,
+    recorder: Recorder | None = None,
 ) -> Engine:
     """Load a model and build an engine around it.
 
     Args:
         config: the settings.
-        on_phase: called with the name of each phase as it begins.
+        on_phase: called with the name of each phase as it begins; while kernels are compiled also with how far that is,
+            "compile the kernels: 12 of 44, 9 s".
         on_weights: called with (bytes read, bytes in all) while weights are read.
+        recorder: takes every event of the run.
 
     Raises:
         ConfigError, CheckpointError, CapacityError: it cannot be started.
@@ -129,6 +151,14 @@ def start_engine(
         )
         tokens = resolved.num_blocks * resolved.block_size
         phase.detail = f"{tokens:,} tokens in blocks of {resolved.block_size}"
+    if resolved.backend == "triton" and not kernels.interpreted():
+        with phase(name := "compile the kernels"):
+            from .runner.warmup import warm_kernels
+
+            num_valid_ids = None if tokenizer is None else tokenizer.vocab_size
+            phase.detail = warm_kernels(
+                model_config, resolved, num_valid_ids=num_valid_ids, on_progress=phase.progress(name)
+            )
     runner = ModelRunner(
         model,
         cache,
@@ -145,7 +175,12 @@ def start_engine(
     )
     limits = _limits(config, resolved, checkpoint, tokenizer)
     return Engine(
-        core=EngineCore(Scheduler(limits, time.monotonic), runner, seed=config.seed),
+        core=EngineCore(
+            Scheduler(limits, time.monotonic, recorder),
+            runner,
+            seed=config.seed,
+            grammars=None if tokenizer is None else GrammarCompiler(tokenizer, model_config.vocab_size),
+        ),
         tokenizer=tokenizer,
         config=config,
         resolved=resolved,

@@ -10,7 +10,7 @@ slices of every tensor suffice, each with its own attention call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -25,6 +25,8 @@ __all__ = [
     "CompletionOutput",
     "EngineOutput",
     "FinishReason",
+    "Grammar",
+    "GrammarState",
     "LogprobEntry",
     "ModelOutput",
     "ModelRunner",
@@ -49,6 +51,45 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GrammarState(Protocol):
+    """How far one sequence is in its grammar. Only one thread at a time may use it."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the output so far is complete; more may still follow."""
+        ...
+
+    @property
+    def must_end(self) -> bool:
+        """Whether the output so far is complete and no token can follow."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why the grammar cannot be followed any further; "" while it can."""
+        ...
+
+    def fill(self, bitmask: Int32Array) -> None:
+        """Write which tokens may come next; may run beside the model, without holding up other threads.
+
+        Args:
+            bitmask: [ceil(vocab_size / 32)] one bit per token id, low bits first. No tokens where there is an error.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Go on by a token that `fill` allowed."""
+        ...
+
+
+class Grammar(Protocol):
+    """What outputs must look like: immutable, shared by the n choices of a request and by requests."""
+
+    def start(self, output_token_ids: Sequence[int]) -> GrammarState:
+        """Return the state after some output: none at first, all so far where a sequence resumes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class NewSequence:
     """Everything the runner needs of a sequence that gets a row: started, or resumed after preemption."""
@@ -63,6 +104,8 @@ class NewSequence:
     """Which of the n choices; part of the sampling noise."""
     stop_token_ids: frozenset[int]
     """Banned while fewer than `params.min_tokens` outputs exist."""
+    grammar: Grammar | None = None
+    """What the output must look like; None: anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +163,13 @@ class ModelOutput:
     token_ids: Int32Array
     """[num_sampled] one token per entry of `SchedulerOutput.sampled`."""
     failed: npt.NDArray[np.bool_] | None = None
-    """[num_sampled] rows whose logits were not finite; their token means nothing. None: no row failed."""
+    """[num_sampled] rows whose logits were not finite, or for which `errors` has another reason; their token means
+    nothing. None: no row failed.
+    """
+    errors: Mapping[int, str] = field(default_factory=dict)
+    """By position in `sampled`: why a row failed although its logits were finite."""
+    ended: npt.NDArray[np.bool_] | None = None
+    """[num_sampled] rows whose grammar lets nothing follow their token. None: no row."""
     logprobs: Mapping[int, LogprobEntry] = field(default_factory=dict)
     """By position in `sampled`."""
     prompt_logprobs: Mapping[int, list[LogprobEntry]] = field(default_factory=dict)

@@ -71,6 +71,8 @@ class ModelRunner:
             device=self.model.device,
             invariant=self._invariant,
         )
+        rows, positions = step.rows[step.sampled], inputs.seq_lens[step.sampled]
+        self._sampler.prepare(rows, positions)
         capture = sorted({layer for layers in self._wants_hidden_states.values() for layer in layers})
         token_ids = torch.from_numpy(inputs.token_ids).to(self.model.device)
         hidden, captured = self.model.forward(token_ids, metadata, self.cache, capture)
@@ -80,14 +82,14 @@ class ModelRunner:
         if len(last) == 0:
             return ModelOutput(np.empty(0, dtype=np.int32), prompt_logprobs=prompt_logprobs)
         logits = self.model.logits(hidden if len(last) == step.num_tokens else hidden[torch.from_numpy(last)])
-        rows = step.rows[step.sampled]
-        positions = inputs.seq_lens[step.sampled]
         drawn = self._sampler.sample(logits, rows, positions)
         self._batch.append(rows, positions, drawn.token_ids)
         states = dict(self._hidden_states(rows, last, capture, captured)) if capture else {}
         return ModelOutput(
             drawn.token_ids,
             failed=drawn.failed,
+            errors=drawn.errors,
+            ended=drawn.ended,
             logprobs=drawn.logprobs,
             prompt_logprobs=prompt_logprobs,
             hidden_states=states,
@@ -108,6 +110,7 @@ class ModelRunner:
                 choice=sequence.index,
                 seed=sequence.seed,
                 stop_token_ids=sequence.stop_token_ids,
+                grammar=sequence.grammar,
             )
             # A step that failed may have left a row it never took out again.
             self._wants_prompt_logprobs.pop(sequence.row, None)

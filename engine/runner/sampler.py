@@ -2,8 +2,8 @@
 
 A row's settings are written once, when its sequence gets the row, into arrays by persistent row; a step gathers those
 of its rows. A feature costs nothing in a step in which no row uses it, and only rows with a rare feature (bias,
-allowed or bad words, min_tokens) are visited one by one. A row's token depends on its own sequence, parameters, seed
-and logits alone, so preemption (remove, then add with the outputs so far) changes nothing.
+allowed or bad words, min_tokens, a grammar) are visited one by one. A row's token depends on its own sequence,
+parameters, seed and logits alone, so preemption (remove, then add with the outputs so far) changes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from octavo.kernels.sampling import (
 from torch import Tensor
 
 from ..sampling_params import SamplingParams
-from ..step import LogprobEntry
+from ..step import Grammar, LogprobEntry
+from .row_grammar import MaskWorkers, RowGrammar
 
 __all__ = ["SampledTokens", "Sampler", "logprob_entries"]
 
@@ -42,6 +43,9 @@ _MIN_P: Final = 8
 _PENALTIES: Final = 16
 _LOGPROBS: Final = 32
 _EXTRAS: Final = 64
+_GRAMMAR: Final = 128
+
+NOTHING_LEFT: Final = "no token is left to sample: what allowed_token_ids and structured_outputs allow here is banned"
 
 
 class SampledTokens(NamedTuple):
@@ -51,6 +55,10 @@ class SampledTokens(NamedTuple):
     """[n]; means nothing where the row failed."""
     failed: npt.NDArray[np.bool_] | None
     """[n] rows without finite logits, or with no token left to sample; None: no row failed."""
+    errors: dict[int, str]
+    """By position in the batch, of rows that had no token left to sample."""
+    ended: npt.NDArray[np.bool_] | None
+    """[n] rows whose grammar lets nothing follow their token; None: no row."""
     logprobs: dict[int, LogprobEntry]
     """By position in the batch, of rows that asked."""
 
@@ -72,6 +80,7 @@ class _Extras:
     tail: list[int]
     """The latest tokens of the sequence, as many as a bad ending looks back."""
     max_tail: int
+    grammar: RowGrammar | None
 
     def banned_at(self, position: int) -> list[IntArray]:
         """Return the tokens not to be sampled at a position."""
@@ -125,6 +134,7 @@ class Sampler:
         self._seen_ids = np.empty((max_num_seqs, 0), dtype=np.int32)
         self._seen_counts = np.empty_like(self._seen_ids)
         self._extras: list[_Extras | None] = [None] * max_num_seqs
+        self._mask_workers = MaskWorkers()
 
     @property
     def num_valid_ids(self) -> int | None:
@@ -141,6 +151,7 @@ class Sampler:
         seed: int,
         choice: int = 0,
         stop_token_ids: Collection[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         """Give a row to a sequence that starts, or resumes after preemption.
 
@@ -152,6 +163,7 @@ class Sampler:
             seed: 0 to 2**63 − 1.
             choice: which of the n choices of a request.
             stop_token_ids: EOS ids and others that `min_tokens` bans.
+            grammar: what the output must look like; None: anything.
         """
         assert not params.bad_words, "bad_words must be token ids by now"
         is_drawn = np.float32(params.temperature) > 0
@@ -165,7 +177,8 @@ class Sampler:
         self._repetition[row] = params.repetition_penalty
         self._presence[row] = params.presence_penalty
         self._frequency[row] = params.frequency_penalty
-        self._extras[row] = extras = self._make_extras(params, prompt_token_ids, output_token_ids, stop_token_ids)
+        extras = self._make_extras(params, grammar, prompt_token_ids, output_token_ids, stop_token_ids)
+        self._extras[row] = extras
         has_penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (
             1.0,
             0.0,
@@ -186,12 +199,20 @@ class Sampler:
             | _PENALTIES * has_penalties
             | _LOGPROBS * (params.logprobs is not None)
             | _EXTRAS * (extras is not None)
+            | _GRAMMAR * (grammar is not None)
         )
 
     def remove(self, row: int) -> None:
         """Free a row: its sequence has ended or was preempted."""
         self._flags[row] = 0
         self._extras[row] = None
+
+    def prepare(self, rows: IntArray, positions: IntArray) -> None:
+        """Begin to compute what `sample` will need of these rows and no logits: to be called before the model runs."""
+        for at in (self._flags[rows] & _GRAMMAR).nonzero()[0].tolist():
+            grammar = self._extras_of(int(rows[at])).grammar
+            assert grammar is not None
+            grammar.prepare(int(positions[at]), self._mask_workers)
 
     def sample(self, logits: Tensor, rows: IntArray, positions: IntArray) -> SampledTokens:
         """Sample one token for each row, and remember it where later tokens depend on it.
@@ -207,21 +228,27 @@ class Sampler:
         output = sample(logits, params)
         token_ids = output.token_ids.to("cpu", torch.int32).numpy()
         failed = output.failed.cpu().numpy() if bool(output.failed.any()) else None
+        errors = {}
+        if failed is not None and used & _EXTRAS:
+            errors = self._errors(logits, rows, flags, failed)
+        ended = None
         if used & (_PENALTIES | _EXTRAS):
-            self._remember(rows, flags, token_ids, failed)
+            ended = self._remember(rows, positions, flags, token_ids, failed)
         logprobs = self._logprobs(logits, rows, flags, output.token_ids, failed) if used & _LOGPROBS else {}
-        return SampledTokens(token_ids, failed, logprobs)
+        return SampledTokens(token_ids, failed, errors, ended, logprobs)
 
     def _make_extras(
         self,
         params: SamplingParams,
+        grammar: Grammar | None,
         prompt_token_ids: Sequence[int] | IntArray,
         output_token_ids: Sequence[int] | IntArray,
         stop_token_ids: Collection[int],
     ) -> _Extras | None:
         num_prompt_tokens = len(prompt_token_ids)
         stops_early = params.min_tokens > len(output_token_ids) and len(stop_token_ids) > 0
-        if not (params.logit_bias or params.allowed_token_ids or params.bad_words_token_ids or stops_early):
+        has_lists = params.logit_bias or params.allowed_token_ids or params.bad_words_token_ids
+        if not (has_lists or stops_early or grammar is not None):
             return None
         bitmask = bias = None
         if params.allowed_token_ids is not None:
@@ -237,7 +264,7 @@ class Sampler:
         tail = [int(token_id) for token_id in output_token_ids[-max_tail:]] if max_tail else []
         if missing := max_tail - len(tail):
             tail = [int(token_id) for token_id in prompt_token_ids[-missing:]] + tail
-        return _Extras(
+        extras = _Extras(
             bitmask=bitmask,
             bias=bias,
             stops=np.array(sorted(stop_token_ids), dtype=np.int64),
@@ -246,7 +273,17 @@ class Sampler:
             bad_endings=endings,
             tail=tail,
             max_tail=max_tail,
+            grammar=None,
         )
+        if grammar is not None:
+            extras.grammar = RowGrammar(
+                grammar.start([int(token_id) for token_id in output_token_ids]),
+                vocab_size=self._vocab_size,
+                stops=extras.stops,
+                stops_from=extras.stops_from,
+                allowed=bitmask,
+            )
+        return extras
 
     def _reserve(self, num_seen: int) -> None:
         """Make room for that many distinct tokens in every row: memory follows the longest penalised sequence."""
@@ -300,7 +337,9 @@ class Sampler:
         bias: list[tuple[int, IntArray, npt.NDArray[np.float32]]] = []
         for at in (flags & _EXTRAS).nonzero()[0].tolist():
             extras = self._extras_of(int(rows[at]))
-            if extras.bitmask is not None:
+            if extras.grammar is not None:
+                allowed.append((at, extras.grammar.mask(int(positions[at]))))
+            elif extras.bitmask is not None:
                 allowed.append((at, extras.bitmask))
             if extras.bias is not None:
                 bias.append((at, *extras.bias))
@@ -332,17 +371,40 @@ class Sampler:
         assert extras is not None, f"row {row} is flagged for features it does not have"
         return extras
 
+    def _errors(
+        self, logits: Tensor, rows: IntArray, flags: npt.NDArray[np.uint8], failed: npt.NDArray[np.bool_]
+    ) -> dict[int, str]:
+        """Return why rows failed whose logits were finite."""
+        errors: dict[int, str] = {}
+        for at in ((flags & _EXTRAS != 0) & failed).nonzero()[0].tolist():
+            if bool(logits[at, : self._num_valid_ids].amax().isfinite()):
+                grammar = self._extras_of(int(rows[at])).grammar
+                detail = grammar.error if grammar is not None else ""
+                errors[at] = f"structured_outputs cannot go on: {detail}" if detail else NOTHING_LEFT
+        return errors
+
     def _remember(
         self,
         rows: IntArray,
+        positions: IntArray,
         flags: npt.NDArray[np.uint8],
         token_ids: npt.NDArray[np.int32],
         failed: npt.NDArray[np.bool_] | None,
-    ) -> None:
-        if failed is not None:
-            rows, flags, token_ids = rows[~failed], flags[~failed], token_ids[~failed]
+    ) -> npt.NDArray[np.bool_] | None:
+        """Note the tokens of rows that did not fail; return those whose output ends with theirs."""
+        ended: npt.NDArray[np.bool_] | None = None
+        flags = flags if failed is None else np.where(failed, np.uint8(0), flags)
         for at in (flags & _EXTRAS).nonzero()[0].tolist():
-            self._extras_of(int(rows[at])).append(int(token_ids[at]))
+            extras, token_id = self._extras_of(int(rows[at])), int(token_ids[at])
+            extras.append(token_id)
+            if extras.grammar is not None and extras.grammar.accept(token_id, int(positions[at])):
+                ended = np.zeros(len(rows), dtype=np.bool_) if ended is None else ended
+                ended[at] = True
+        self._count(rows, flags, token_ids)
+        return ended
+
+    def _count(self, rows: IntArray, flags: npt.NDArray[np.uint8], token_ids: npt.NDArray[np.int32]) -> None:
+        """Count the tokens of penalised rows."""
         at_penalised = (flags & _PENALTIES).nonzero()[0]
         if not len(at_penalised):
             return

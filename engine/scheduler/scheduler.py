@@ -436,9 +436,15 @@ class Scheduler:
             self._note_first_tokens()
         if self._num_streaming:
             speaks |= table.streams[sampled_rows]
+        ended: frozenset[int] = frozenset()
+        if output.ended is not None:
+            ended = frozenset(flight.rows[work.sampled[output.ended]].tolist())
+            speaks |= np.isin(sampled_rows, list(ended))
         for row in sampled_rows[np.flatnonzero(speaks)].tolist():
             request = table.request(row)
             end = table.finish_status(row)
+            if row in ended and (end is None or end[1] is None):
+                end = (RequestStatus.FINISHED_STOPPED, None)  # its grammar is complete; at the limit that counts more
             if end is not None:
                 said.append(self._end(request, end[0], stop_reason=end[1]))
             elif request.stream:
@@ -448,13 +454,14 @@ class Scheduler:
         return said
 
     def _end_failed(self, flight: _Flight, output: ModelOutput) -> list[EngineOutput]:
-        """End the rows whose logits were not finite; nobody may find their blocks, whoever computed them."""
+        """End the rows that sampled nothing; nobody may find the blocks of one whose logits were not finite."""
         said: list[EngineOutput] = []
         if output.failed is not None:
-            for row in flight.rows[flight.work.sampled[output.failed]].tolist():
+            for at in np.flatnonzero(output.failed).tolist():
+                row = int(flight.rows[flight.work.sampled[at]])
                 if self._is_running[row]:
-                    request = self.rows.request(row)
-                    said.append(self._end(request, RequestStatus.FINISHED_ERROR, error=NOT_FINITE, forget=True))
+                    request, error = self.rows.request(row), output.errors.get(at, NOT_FINITE)
+                    said.append(self._end(request, RequestStatus.FINISHED_ERROR, error=error, forget=True))
                     flight.left.append(row)
         return said
 
@@ -589,4 +596,5 @@ def _new_sequence(request: Request) -> NewSequence:
         seed=request.seed,
         index=request.index,
         stop_token_ids=request.stop_token_ids,
+        grammar=request.grammar,
     )

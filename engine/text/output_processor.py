@@ -70,8 +70,11 @@ class _Sequence:
         return self.closed
 
     def _hides_last(self, news: EngineOutput) -> bool:
-        """Whether the last token is a stop token, which is reported as a token but not as text."""
-        return news.finish_reason is FinishReason.STOP and not self._include_stop
+        """Whether the last token is a stop token, which is reported as a token but not as text.
+
+        A complete grammar stops a sequence without one.
+        """
+        return news.stop_reason is not None and not self._include_stop
 
     def _without_stop_token(self, token_ids: list[int], news: EngineOutput) -> list[int]:
         return token_ids[:-1] if self._hides_last(news) else token_ids

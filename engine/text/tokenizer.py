@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -22,13 +22,24 @@ from ..errors import CheckpointError, RequestError
 from .gguf_vocab import build_gguf_vocab
 from .pieces import BytePieces, DecoderSpec, TextPieces
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "TokenizerParts"]
 
 _MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_CONFIG_BYTES = 16 << 20
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LOOKS_LIKE_CONTROL = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
 """Some checkpoints (DeepSeek's among them) do not flag the tokens that open a turn as special."""
+
+
+class TokenizerParts(NamedTuple):
+    """Everything a `Tokenizer` is built from, in plain values that another process can take."""
+
+    backend: str
+    """The tokenizers library's own JSON."""
+    named_tokens: dict[str, str]
+    prefix: list[int]
+    suffix: list[int]
+    chat_template: str | None
 
 
 class Tokenizer:
@@ -83,6 +94,21 @@ class Tokenizer:
             if token.content and (token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content))
         }
         self._pieces: dict[bool, BytePieces | TextPieces] = {}
+
+    @classmethod
+    def from_parts(cls, parts: TokenizerParts) -> Tokenizer:
+        """Build the tokenizer that `parts` was called on, once more."""
+        return cls(
+            Backend.from_str(parts.backend),
+            named_tokens=parts.named_tokens,
+            prefix=parts.prefix,
+            suffix=parts.suffix,
+            chat_template=parts.chat_template,
+        )
+
+    def parts(self) -> TokenizerParts:
+        """Return what this tokenizer is built from."""
+        return TokenizerParts(self._backend.to_str(), self.named_tokens, self._prefix, self._suffix, self.chat_template)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -215,6 +241,17 @@ class Tokenizer:
             )
             self._pieces[skip_special_tokens] = table
         return table
+
+    def token_bytes(self) -> list[bytes]:
+        """Return what each id stands for inside a text, special tokens included; b"" for ids that are no token."""
+        pieces = self.pieces(skip_special_tokens=False)
+        found: list[bytes] = []
+        for token_id in range(self.vocab_size):
+            piece = pieces[token_id]
+            if isinstance(piece, str):
+                piece = piece.encode()
+            found.append(bytes((piece,)) if isinstance(piece, int) else piece or b"")
+        return found
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:

@@ -107,6 +107,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "skip_special_tokens": (["--no-skip-special-tokens"], False),
     "detokenize": (["--no-detokenize"], False),
     "return_hidden_states": (["--return-hidden-states", "0"], (0,)),
+    "structured_outputs": (["--structured-outputs", '{"regex": "a+"}'], {"regex": "a+"}),
     "priority": (["--priority", "-3"], -3),
     "cache_salt": (["--cache-salt", "s"], "s"),
 }

@@ -21,8 +21,8 @@ MUTANTS = [
     Mutant("bias on the neighbour's row", "tensor(np.repeat([at for at, _, _ in bias]", "tensor(np.repeat([at ^ 1 if at ^ 1 < len(rows) else at for at, _, _ in bias]"),
     Mutant(
         "bias stays after its request has left",
-        "output_token_ids, stop_token_ids)\n        has_penalties",
-        "output_token_ids, stop_token_ids) or self._extras[row]\n        has_penalties",
+        "self._extras[row] = extras\n",
+        "self._extras[row] = extras = extras or self._extras[row]\n",
         also=(("self._extras[row] = None", "pass"),),
     ),
     Mutant("new tokens are not counted", "self._num_seen[rows] += is_new", "self._num_seen[rows] += 0"),

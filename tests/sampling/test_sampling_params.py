@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import time
@@ -19,6 +20,14 @@ NAN, INF = math.nan, math.inf
 NO_FLOATS = (NAN, INF, -INF, True, "1", [1], {}, 10**400)
 NO_INTS = (1.0, NAN, True, "5", [1], 2**63, -(2**63), 10**5000)
 NO_IDS = (5, True, "5", {}, [-1], [True], ["5"], [1.0], [2**31], [[1]], None)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"not": schema}
+    return schema
+
 
 ACCEPTED: dict[str, list[Any]] = {
     "n": [1, 2, 128],
@@ -45,6 +54,10 @@ ACCEPTED: dict[str, list[Any]] = {
     "skip_special_tokens": [True, False],
     "detokenize": [True, False],
     "return_hidden_states": [None, [0], (3, 7)],
+    "structured_outputs": [
+        *(None, {"json": {"type": "object"}}, {"json": nested(31)}, {"json": {}, "regex": None}, {"json_object": True}),
+        *({"regex": "a{3}"}, {"choice": ["a", "é"]}, {"choice": ["a"] * 1024}, {"grammar": 'start: "a"'}),
+    ],
     "priority": [0, -5, 2**31 - 1],
     "cache_salt": [None, "a", "x" * 256],
 }
@@ -85,10 +98,30 @@ REFUSED: dict[str, list[Any]] = {
     "skip_special_tokens": [None, 0, "false"],
     "detokenize": [None, 0, "false"],
     "return_hidden_states": [[], [-1], [True], 5, [1.0], [65536]],
+    "structured_outputs": [
+        *({}, [], "json", True, {"json": None}, {"xml": "a"}, {"json": {}, "regex": "a"}, {5: 1}),
+        *(
+            {"json": value}
+            for value in (True, [], "", "[]", "{", '{"a": NaN}', "\ud800", {"a": NAN}, {1: 2}, {"a": {1}})
+        ),
+        *(
+            {"json": value}
+            for value in (nested(32), {"title": "x" * 2**16}, '{"title":"' + "x" * 2**16 + '"}', {"a": 10**5000})
+        ),
+        *({"json_object": value} for value in (False, 1, "true", {})),
+        *({kind: value} for kind in ("regex", "grammar") for value in ("", 5, ["a"], "a" * 2**16, "\ud800")),
+        *({"choice": value} for value in ([], "ab", [""], [1], ["a"] * 1025, ["a" * 1000] * 100)),
+    ],
     "priority": [None, 2**31, -(2**31) - 1, *NO_INTS],
     "cache_salt": ["", "x" * 257, 5, "\ud800"],
 }
 KEPT_AS = {"top_k": {-1: 0}}
+
+
+def test_a_schema_may_be_given_as_text() -> None:
+    wanted = {"json": {"const": "é", "enum": [1, 2.5, None]}}
+    assert SamplingParams(structured_outputs={"json": json.dumps(wanted["json"])}).structured_outputs == wanted
+    assert SamplingParams(structured_outputs=wanted).structured_outputs == wanted
 
 
 def test_the_cases_cover_every_field() -> None:
@@ -104,6 +137,8 @@ def test_accepted(name: str) -> None:
         elif isinstance(value, (list, tuple)) or (value is None and name == "bad_words_token_ids"):
             assert kept == tuple(tuple(item) if isinstance(item, list) else item for item in value or ())
         else:
+            if isinstance(value, dict):
+                value = {key: item for key, item in value.items() if item is not None}
             expected = KEPT_AS.get(name, {}).get(value, value) if not isinstance(value, dict) else value or None
             assert kept == expected
             assert type(kept) is not int or not RULES[name].type.startswith("float")
