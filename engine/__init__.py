@@ -9,15 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .async_llm import AsyncLLM
     from .config import EngineConfig
     from .llm import LLM
     from .sampling_params import SamplingParams
     from .step import CompletionOutput, RequestOutput
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
 
 _MODULES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "CompletionOutput": "step",
     "EngineConfig": "config",
     "RequestOutput": "step",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from .config import EngineConfig
 from .errors import ConfigError, RequestError, describe
+from .intake import DEFAULT_MAX_TOKENS, Intake, Prompt, is_list
 from .sampling_params import SamplingParams
 from .scheduler import SchedulerStats
 from .startup import Engine, start_engine
@@ -17,12 +17,6 @@ from .text import ChatTemplate, Tokenizer
 from .text.output_processor import OutputProcessor
 
 __all__ = ["LLM", "GenerationProgress", "Prompt"]
-
-Prompt = str | Sequence[int]
-"""A text, or its token ids."""
-
-DEFAULT_MAX_TOKENS = 16
-"""Of `generate`, where a request gives none; a chat takes the context that is left."""
 
 
 @dataclass(slots=True)
@@ -70,6 +64,13 @@ class LLM:
             config = EngineConfig.from_settings(({} if model is None else {"model": model}) | settings)
         self.engine: Engine = start_engine(config, on_phase=on_phase, on_weights=on_weights)
         self._core = self.engine.core
+        self._intake = Intake(
+            self.engine.tokenizer,
+            vocab_size=self.engine.model_config.vocab_size,
+            max_model_len=self.engine.resolved.max_model_len,
+            num_layers=self.engine.model_config.num_layers,
+            defaults=self.engine.generation_config if config.generation_config == "auto" else None,
+        )
         self._texts = OutputProcessor(self.engine.tokenizer)
         self._num_requests = 0
         # Whoever runs a step runs everybody's requests: what it brings to others is kept for them here.
@@ -87,18 +88,16 @@ class LLM:
         Raises:
             ConfigError: the model came without one.
         """
-        if self.engine.tokenizer is None:
-            raise ConfigError("the model has no tokenizer; give token ids, or a folder with --tokenizer")
-        return self.engine.tokenizer
+        return self._intake.tokenizer
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template."""
-        return ChatTemplate(self.tokenizer)
+        return self._intake.chat_template
 
     def params(self, mapping: Mapping[str, Any] | None = None) -> SamplingParams:
         """Build sampling parameters from names and values, with the checkpoint's defaults where none are given."""
-        return self._with_defaults(SamplingParams.from_mapping(mapping or {}))
+        return self._complete(SamplingParams.from_mapping(mapping or {}))
 
     def generate(
         self,
@@ -120,7 +119,7 @@ class LLM:
         Raises:
             RequestError: a prompt or parameter is not allowed; nothing has been run.
         """
-        if not isinstance(prompts, str) and not _is_list(prompts):
+        if not isinstance(prompts, str) and not is_list(prompts):
             allowed = "a text, a list of token ids, or a list of either"
             raise RequestError(f"prompts is {describe(prompts)}; allowed: {allowed}", "prompt")
         lone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
@@ -144,7 +143,7 @@ class LLM:
             params: as in `generate`; `max_tokens` defaults to the context that is left.
             chat_template_kwargs: see `ChatTemplate.render`.
         """
-        if not _is_list(messages):
+        if not is_list(messages):
             allowed = "a list of messages, or a list of such lists"
             raise RequestError(f"messages is {describe(messages)}; allowed: {allowed}", "messages")
         lone = len(messages) > 0 and isinstance(messages[0], Mapping)
@@ -232,18 +231,7 @@ class LLM:
         Raises:
             RequestError: it is no valid text, or holds something else than token ids.
         """
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if not _is_list(prompt):
-            raise RequestError(f"prompt is {describe(prompt)}; allowed: a text, or a list of token ids", "prompt")
-        vocab_size = self.engine.model_config.vocab_size
-        for token_id in prompt:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise RequestError(
-                    f"prompt_token_ids holds {describe(token_id)}; allowed: integers from 0 to {vocab_size - 1}",
-                    "prompt_token_ids",
-                )
-        return list(prompt)
+        return self._intake.encode(prompt)
 
     def _per_request(
         self, params: SamplingParams | Sequence[SamplingParams] | None, num_requests: int
@@ -251,40 +239,24 @@ class LLM:
         if params is None:
             params = SamplingParams()
         if isinstance(params, SamplingParams):
-            return [self._with_defaults(params)] * num_requests
-        if not _is_list(params) or not all(isinstance(each, SamplingParams) for each in params):
+            return [self._complete(params)] * num_requests
+        if not is_list(params) or not all(isinstance(each, SamplingParams) for each in params):
             raise RequestError(f"params is {describe(params)}; allowed: SamplingParams, or a list of them", "params")
         if len(params) != num_requests:
             raise RequestError(f"{len(params)} sampling parameters for {num_requests} prompts; allowed: one each")
-        return [self._with_defaults(each) for each in params]
+        return [self._complete(each) for each in params]
 
-    def _with_defaults(self, params: SamplingParams) -> SamplingParams:
-        if self.engine.config.generation_config == "auto":
-            params = params.with_defaults(self.engine.generation_config)
-        if not params.bad_words:
-            return params
-        return params.with_bad_words(lambda word: self.tokenizer.encode(word, add_bos=False, parse_special=False))
-
-    def _resolved(self, params: SamplingParams, prompt_len: int, default_max_tokens: int | None) -> SamplingParams:
-        """Return the parameters with a number for `max_tokens`, checked against the model."""
-        if params.stop and self.engine.tokenizer is None:
-            raise RequestError("stop is given and the model has no tokenizer; allowed: stop_token_ids", "stop")
-        limits = self._core.scheduler.limits
-        max_tokens = params.validate_for(
-            vocab_size=limits.vocab_size,
-            max_model_len=limits.max_model_len,
-            prompt_len=prompt_len,
-            default_max_tokens=default_max_tokens,
-            num_layers=self.engine.model_config.num_layers + 1,
-        )
-        return params if params.max_tokens is not None else params.replace(max_tokens=max_tokens)
+    def _complete(self, params: SamplingParams) -> SamplingParams:
+        return self._intake.with_bad_words(self._intake.with_defaults(params))
 
     def _queue(
         self, prompt: Prompt | Sequence[Mapping[str, Any]], params: SamplingParams | None, *, stream: bool
     ) -> RequestOutput:
-        chat = _is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        chat = is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         token_ids = self.chat_template.encode(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
-        params = self._resolved(self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS)
+        params = self._intake.resolved(
+            self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS
+        )
         return self._add(prompt if isinstance(prompt, str) else None, token_ids, params, stream=stream)
 
     def _add(
@@ -323,7 +295,7 @@ class LLM:
         on_progress: Callable[[GenerationProgress], None] | None,
     ) -> list[RequestOutput]:
         resolved = [
-            self._resolved(params, len(token_ids), default_max_tokens)
+            self._intake.resolved(params, len(token_ids), default_max_tokens)
             for (_, token_ids), params in zip(prompts, all_params, strict=True)
         ]
         answers: list[RequestOutput] = []
@@ -346,8 +318,3 @@ class LLM:
                 if not answer.finished:
                     self.abort(answer.request_id)
         return answers
-
-
-def _is_list(value: object) -> bool:
-    """Whether it is a list in a caller's eyes: a text or bytes are sequences, too, of characters and numbers."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))

@@ -1,0 +1,468 @@
+"""This module holds `AsyncLLM`, the front for programs with an event loop: many requests at once, each a stream of its
+own growing answer. It does not know HTTP, argv or tensors.
+
+The engine runs in a process of its own, or on a thread of this one; everything here is the same for both. All methods
+belong to the event loop on which `start` was called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from .config import EngineConfig
+from .errors import EngineDeadError, RequestError
+from .events import KVSnapshot, Recorder
+from .intake import Intake
+from .process.link import START_ENGINE, EngineLink
+from .process.messages import (
+    Abort,
+    AddRequest,
+    Call,
+    EngineInfo,
+    Finish,
+    FromEngine,
+    Heartbeat,
+    News,
+    Reply,
+    packed_params,
+)
+from .process.thread import ThreadLink
+from .sampling_params import SamplingParams
+from .step import RequestOutput
+from .text import ChatTemplate, Tokenizer
+from .text.output_processor import OutputProcessor
+
+__all__ = ["AsyncLLM", "EngineInfo", "Health"]
+
+NUM_TEXT_THREADS = 2
+"""Tokenising and rendering run on these; what is asked beyond them waits."""
+MAX_HEARTBEAT_AGE_S = 10.0
+MAX_STEP_AGE_S = 120.0
+CLOSE_TIMEOUT_S = 5.0
+
+_log = logging.getLogger("octavo")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether requests make progress."""
+
+    ok: bool
+    reason: str
+    """Why not; "" where all is well."""
+    heartbeat_age_s: float
+    """Since the engine's process last gave a sign of life."""
+    last_step_age_s: float | None
+    """Since the last step ended, or work began; None: nothing to do."""
+    num_unfinished: int
+
+
+class _Stream:
+    """One request, as its reader sees it."""
+
+    __slots__ = ("error", "is_told_all", "num_unread", "output", "waiter")
+
+    def __init__(self, output: RequestOutput, is_told_all: bool) -> None:
+        self.output = output
+        self.is_told_all = is_told_all
+        """Whether the reader wants every token, or only the end."""
+        self.num_unread = 0
+        self.error: Exception | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    def tell(self) -> None:
+        """Wake the reader if it waits."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End the stream, after what is still unread; the first error counts."""
+        self.error = self.error or error
+        self.tell()
+
+
+class AsyncLLM:
+    """A model that generates for many readers at once. Made by `start`.
+
+    Example:
+        >>> llm = await AsyncLLM.start(EngineConfig(model="smollm2-135m"))
+        >>> token_ids = await llm.encode("The capital of France is")
+        >>> async for answer in llm.generate(token_ids, llm.params({"temperature": 0})):
+        ...     print(answer.outputs[0].text)
+        >>> await llm.shutdown()
+    """
+
+    info: EngineInfo
+    """What the engine is and what it can hold."""
+
+    def __init__(self, max_unread: int) -> None:
+        self._max_unread = max_unread
+        self._streams: dict[str, _Stream] = {}
+        """Requests whose reader has not left."""
+        self._leaving: dict[str, list[asyncio.Future[None]]] = {}
+        """Requests that the engine was told to abort and may still hold; who waits for it to say that it does not."""
+        self._calls: dict[int, asyncio.Future[KVSnapshot | None]] = {}
+        self._recorders: list[Recorder] = []
+        self._num_requests = 0
+        self._num_calls = 0
+        self._dead: str | None = None
+        self._draining = False
+        self._drained = asyncio.Event()
+        self._heartbeat = Heartbeat(time.monotonic(), None)
+        self._step_s = 0.0
+        self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, "octavo-text")
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig | None = None,
+        *,
+        in_process: bool = False,
+        on_phase: Callable[[str], None] | None = None,
+        on_weights: Callable[[int, int], None] | None = None,
+        chat_template: str | None = None,
+        max_unread: int = 256,
+        engine_factory: str = START_ENGINE,
+    ) -> AsyncLLM:
+        """Start an engine and return once it takes requests.
+
+        Args:
+            config: the engine's settings.
+            in_process: run the engine on a thread instead of in a process of its own.
+            on_phase, on_weights: see `start_engine`; called on the event loop.
+            chat_template: Jinja source to use in place of the model's.
+            max_unread: a reader that leaves more news unread than this is ended.
+            engine_factory: "module:function" to start the engine with, called as `start_engine` is: for tests and
+                benchmarks, which run engines without a model.
+
+        Raises:
+            ConfigError, CheckpointError, CapacityError: it cannot be started.
+            EngineDeadError: it died while it started.
+        """
+        llm = cls(max_unread)
+        llm._link = ThreadLink(llm._on_message, llm._on_lost, on_phase, on_weights)
+        llm.info, llm._tokenizer = await llm._link.start(config or EngineConfig(), engine_factory)
+        llm._intake = Intake(
+            llm._tokenizer,
+            vocab_size=llm.info.vocab_size,
+            max_model_len=llm.info.max_model_len,
+            num_layers=llm.info.num_layers,
+            defaults=llm.info.generation_config if llm.info.config.generation_config == "auto" else None,
+            chat_template=chat_template,
+        )
+        llm._texts = OutputProcessor(llm._tokenizer)
+        return llm
+
+    _link: EngineLink
+    _intake: Intake
+    _texts: OutputProcessor
+    _tokenizer: Tokenizer | None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+        return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template.
+
+        Raises:
+            ConfigError, CheckpointError: there is none.
+        """
+        return self._intake.chat_template
+
+    def params(self, mapping: Mapping[str, Any] | None = None) -> SamplingParams:
+        """Build sampling parameters from names and values, with the checkpoint's defaults where none are given."""
+        return self._intake.with_defaults(SamplingParams.from_mapping(mapping or {}))
+
+    async def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without holding up the event loop.
+
+        Raises:
+            RequestError: it is no valid text, or the model has no tokenizer.
+        """
+        self._need_tokenizer("prompt")
+        return await self._on_thread(self._intake.encode, text)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation, without holding up the event loop. See `ChatTemplate.render`.
+
+        Raises:
+            RequestError: the messages are not valid, or the template refuses them.
+            CheckpointError: the model has no chat template.
+        """
+        self._need_tokenizer("messages")
+
+        def run() -> list[int]:
+            return self._intake.chat_template.encode(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+
+        return await self._on_thread(run)
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        prompt: str | None = None,
+        stream: bool = True,
+        default_max_tokens: int | None = None,
+        cache_domain: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Generate for one prompt.
+
+        Args:
+            prompt_token_ids: token ids below the logits' width.
+            params: None: the defaults.
+            request_id: unique among the requests that are not finished; None: a new one.
+            prompt: the prompt's text, for the answer to repeat.
+            stream: say something whenever there are new tokens, instead of at the end only.
+            default_max_tokens: where `params` has no `max_tokens`; None: the context left.
+            cache_domain: whom the request comes from: prefix blocks never cross domains.
+
+        Yields:
+            The same growing answer each time. News that came while the reader was busy count as one. Closing the
+            generator, or cancelling who reads it, aborts the request.
+
+        Raises:
+            RequestError: the request is refused; or its reader has left too much unread.
+            EngineDeadError: the engine has died or was shut down, and the answer is not complete.
+        """
+        params = self._intake.with_defaults(params or SamplingParams())
+        if params.bad_words:
+            self._need_tokenizer("bad_words")
+            params = await self._on_thread(self._intake.with_bad_words, params)
+        token_ids = self._intake.encode(prompt_token_ids)
+        params = self._intake.resolved(params, len(token_ids), default_max_tokens)
+        request_id = self._new_id(request_id)
+        reader = _Stream(self._texts.add(request_id, prompt, token_ids, params), stream)
+        self._streams[request_id] = reader
+        try:
+            engine_streams = stream or self._texts.needs_every_token(params)
+            self._link.send(AddRequest(request_id, token_ids, *packed_params(params), engine_streams, cache_domain))
+            while True:
+                if reader.num_unread == 0:
+                    if reader.error is not None:
+                        raise reader.error
+                    reader.waiter = self._new_future()
+                    await reader.waiter
+                    continue
+                reader.num_unread = 0
+                # It may grow while the reader is away: only what was complete when it was told ends the stream.
+                finished = reader.output.finished
+                yield reader.output
+                if finished:
+                    return
+        finally:
+            self._leave(request_id, reader)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request and return once it holds no blocks; its reader gets what there is, with the reason "abort".
+
+        An unknown or finished id is not an error.
+        """
+        reader = self._streams.get(request_id)
+        if self._dead is not None or ((reader is None or reader.output.finished) and request_id not in self._leaving):
+            return
+        if request_id not in self._leaving:
+            self._send_abort(request_id)
+        gone = self._new_future()
+        self._leaving[request_id].append(gone)
+        await gone
+
+    def subscribe(self, recorder: Recorder) -> None:
+        """Hand every event to a recorder from now on, in order, on the event loop."""
+        self._recorders.append(recorder)
+
+    async def snapshot(self) -> KVSnapshot:
+        """Return who holds what, at a moment between two steps.
+
+        Raises:
+            EngineDeadError: the engine is dead.
+        """
+        snapshot = await self._call("snapshot")
+        assert snapshot is not None, "the engine has sent no snapshot"
+        return snapshot
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget every cached block; who uses one keeps it.
+
+        Raises:
+            EngineDeadError: the engine is dead.
+        """
+        await self._call("reset_prefix_cache")
+
+    @property
+    def health(self) -> Health:
+        """Whether requests make progress, by the engine's own reports."""
+        now = time.monotonic()
+        heartbeat_age_s = now - self._heartbeat.time_s
+        busy = self._heartbeat.progress_s is not None and bool(self._streams)
+        step_age_s = now - max(self._step_s, self._heartbeat.progress_s or 0.0) if busy else None
+        reason = ""
+        if self._dead is not None:
+            reason = self._dead
+        elif self._draining:
+            reason = "the engine is shutting down"
+        elif heartbeat_age_s > MAX_HEARTBEAT_AGE_S:
+            reason = f"the engine has given no sign of life for {heartbeat_age_s:.0f} s"
+        elif step_age_s is not None and step_age_s > MAX_STEP_AGE_S:
+            reason = f"no step has ended for {step_age_s:.0f} s"
+        return Health(not reason, reason, heartbeat_age_s, step_age_s, len(self._streams))
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether nothing can be served any more, ever."""
+        return self._dead is not None
+
+    async def shutdown(self, grace_s: float = 0.0) -> None:
+        """Take no more requests, let those that run finish, then end the engine; a second call does nothing.
+
+        Args:
+            grace_s: seconds to finish in; readers that are not done by then get an `EngineDeadError`.
+        """
+        self._draining = True
+        if self._streams and self._dead is None:
+            self._drained.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), grace_s)
+        await self._link.close(CLOSE_TIMEOUT_S)
+        self._end("the engine was shut down")
+
+    def _new_id(self, request_id: str | None) -> str:
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+        if self._draining:
+            raise EngineDeadError("the engine is shutting down")
+        if request_id is None:
+            request_id = f"request-{self._num_requests}"
+            self._num_requests += 1
+        if request_id in self._streams or request_id in self._leaving:
+            raise RequestError(f"request_id is {request_id!r}; allowed: one that is not in use", "request_id")
+        return request_id
+
+    def _new_future(self) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().create_future()
+
+    async def _on_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    def _need_tokenizer(self, param: str) -> None:
+        if self._tokenizer is None:
+            raise RequestError("the model has no tokenizer; allowed: token ids", param)
+
+    async def _call(self, what: Literal["snapshot", "reset_prefix_cache"]) -> KVSnapshot | None:
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+        self._num_calls += 1
+        answer: asyncio.Future[KVSnapshot | None] = self._new_future()
+        self._calls[self._num_calls] = answer
+        self._link.send(Call(self._num_calls, what))
+        return await answer
+
+    def _send_abort(self, request_id: str) -> None:
+        self._leaving[request_id] = []
+        self._link.send(Abort([request_id]))
+
+    def _leave(self, request_id: str, reader: _Stream) -> None:
+        """Forget a request whose reader is gone; where the engine may still run it, tell it to stop."""
+        del self._streams[request_id]
+        self._texts.discard(request_id)
+        runs = not reader.output.finished and reader.error is None and self._dead is None
+        if runs and request_id not in self._leaving:
+            self._send_abort(request_id)
+        if not self._streams:
+            self._drained.set()
+
+    def _on_message(self, message: FromEngine) -> None:
+        match message:
+            case News():
+                self._on_news(message)
+            case Heartbeat():
+                self._heartbeat = message
+            case Reply():
+                self._calls.pop(message.call_id).set_result(message.snapshot)
+            case _:
+                raise AssertionError(f"a running engine sends {type(message).__name__}")
+
+    def _on_news(self, news: News) -> None:
+        for refusal in news.refusals:
+            refused = self._streams.get(refusal.request_id)
+            if refused is not None:
+                refused.fail(RequestError(refusal.message, refusal.param))
+        changed, stops = self._texts.process(news.outputs)
+        for stop in stops:
+            self._link.send(Finish(stop.request_id, stop.index, stop.num_output_tokens))
+        for output in changed:
+            reader = self._streams[output.request_id]
+            if reader.is_told_all or output.finished:
+                reader.num_unread += 1
+                if reader.num_unread > self._max_unread:
+                    self._cut_off(reader)
+                reader.tell()
+        for request_id in news.aborted:
+            for gone in self._leaving.pop(request_id, ()):
+                if not gone.done():
+                    gone.set_result(None)
+        if news.step is not None:
+            self._step_s = news.step.end_s
+        for recorder in self._recorders:
+            for event in news.events[: news.num_events_before_step]:
+                recorder.on_request(event)
+            if news.step is not None:
+                recorder.on_step(news.step)
+            for event in news.events[news.num_events_before_step :]:
+                recorder.on_request(event)
+
+    def _cut_off(self, reader: _Stream) -> None:
+        """End a reader that does not read: what it is owed would grow for as long as it likes."""
+        if reader.error is None and not reader.output.finished:
+            request_id = reader.output.request_id
+            self._texts.discard(request_id)
+            self._send_abort(request_id)
+            reader.fail(RequestError(f"more than {self._max_unread} pieces of the answer were left unread"))
+
+    def _on_lost(self, reason: str) -> None:
+        _log.error("the engine is dead: %s", reason)
+        self._end(f"the engine is dead: {reason}")
+
+    def _end(self, reason: str) -> None:
+        """Nothing can be served any more: say so to everybody who waits."""
+        if self._dead is not None:
+            return
+        self._dead = reason
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for reader in self._streams.values():
+            if not reader.output.finished:
+                reader.fail(EngineDeadError(reason))
+        waiting: list[asyncio.Future[Any]] = [*self._calls.values()]
+        for gone in self._leaving.values():
+            waiting += gone
+        for future in waiting:
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
+        self._calls.clear()
+        self._leaving.clear()
+        self._drained.set()

@@ -1,0 +1,115 @@
+"""This module holds the front's end of the line to an engine: what both kinds of line share. It does not know what is
+asked of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import cast
+
+from ..config import EngineConfig
+from ..errors import EngineDeadError
+from ..startup import Engine
+from ..text import Tokenizer
+from .messages import Died, EngineInfo, FromEngine, PhaseBegan, Ready, StartFailed, ToEngine, WeightsRead
+
+__all__ = ["START_ENGINE", "EngineFactory", "EngineLink", "find_factory"]
+
+START_ENGINE = "octavo.engine.startup:start_engine"
+
+EngineFactory = Callable[..., Engine]
+"""Called as `start_engine` is."""
+
+
+def find_factory(path: str) -> EngineFactory:
+    """Return the function "module:function"; anything but `START_ENGINE` is for tests and benchmarks."""
+    module, _, name = path.partition(":")
+    return cast(EngineFactory, getattr(importlib.import_module(module), name))
+
+
+class EngineLink(ABC):
+    """A line to one engine. All methods run on the event loop that started it, and so do the callbacks.
+
+    Args:
+        on_message: gets every message of the running engine, in order.
+        on_lost: called once, with the reason, when the engine is gone although nobody closed the line.
+        on_phase, on_weights: see `start_engine`.
+    """
+
+    def __init__(
+        self,
+        on_message: Callable[[FromEngine], None],
+        on_lost: Callable[[str], None],
+        on_phase: Callable[[str], None] | None,
+        on_weights: Callable[[int, int], None] | None,
+    ) -> None:
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._on_phase = on_phase
+        self._on_weights = on_weights
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._closed = False
+
+    async def start(self, config: EngineConfig, factory: str) -> tuple[EngineInfo, Tokenizer | None]:
+        """Start the engine and wait until it takes requests; leaves nothing behind where that fails.
+
+        Raises:
+            ConfigError, CheckpointError, CapacityError: it cannot be started.
+            EngineDeadError: it died while it started.
+        """
+        try:
+            await self._launch(config, factory)
+            ready = await self._ready
+            return ready.info, await self._tokenizer(ready)
+        except BaseException:
+            await self.close(0.0)
+            raise
+
+    @abstractmethod
+    async def _launch(self, config: EngineConfig, factory: str) -> None:
+        """Bring the engine on its way."""
+
+    @abstractmethod
+    async def _tokenizer(self, ready: Ready) -> Tokenizer | None:
+        """Return a tokenizer for the front."""
+
+    @abstractmethod
+    def send(self, message: ToEngine) -> None:
+        """Send a message; to an engine that is gone it is lost."""
+
+    @abstractmethod
+    async def close(self, timeout_s: float) -> None:
+        """End the engine, by force where it has not ended by itself in time; a second call does nothing."""
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case PhaseBegan():
+                if self._on_phase is not None:
+                    self._on_phase(message.name)
+            case WeightsRead():
+                if self._on_weights is not None:
+                    self._on_weights(message.num_bytes, message.total_bytes)
+            case Ready() | StartFailed():
+                if self._ready.done():
+                    return
+                if isinstance(message, Ready):
+                    self._ready.set_result(message)
+                else:
+                    self._ready.set_exception(message.error())
+            case Died():
+                self._lost(message.reason)
+            case _:
+                self._on_message(message)
+
+    def _lost(self, reason: str) -> None:
+        """Tell whoever waits that the engine is gone; only the first reason counts."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ready.done():
+            self._on_lost(reason)
+        else:
+            self._ready.set_exception(EngineDeadError(f"the engine died while it started: {reason}"))
