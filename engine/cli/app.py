@@ -7,8 +7,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from .bench import bench_serve
+from .bench_options import BenchOptions
 from .chat import chat
-from .flags import with_flags
+from .flags import with_fields, with_flags
 from .generate import generate
 
 __all__ = ["app"]
@@ -44,6 +46,15 @@ app = typer.Typer(
 )
 app.command(cls=GroupedCommand)(with_flags(generate))
 app.command(cls=GroupedCommand)(with_flags(chat))
+
+_bench = typer.Typer(help="Measure a running server.", no_args_is_help=True, rich_markup_mode=None)
+_bench.command("serve", cls=GroupedCommand)(with_fields(bench_serve, BenchOptions))
+app.add_typer(_bench, name="bench")
+
+
+@_bench.callback()
+def _bench_root() -> None:
+    """Keep `serve` a verb below `bench`, even where there is only one."""
 
 
 @app.callback()

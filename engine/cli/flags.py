@@ -23,7 +23,7 @@ from ..strict_json import parse_json
 from .endings import run_to_end
 from .octavo_toml import read_octavo_toml
 
-__all__ = ["Options", "parameter_from_text", "with_flags"]
+__all__ = ["Options", "parameter_from_text", "with_fields", "with_flags"]
 
 FILE_ONLY = ("seed",)
 """Settings that, besides faults, only octavo.toml has: `--seed` is a request's."""
@@ -41,7 +41,7 @@ _SAMPLING_TYPES: Mapping[str, Any] = {
     "list[int]": list[int],
 }
 """By `Rule.type`; any other type is given as JSON."""
-_METAVARS: Mapping[Any, str] = {int: "N", float: "X", str: "TEXT", list[int]: "ID", list[str]: "TEXT"}
+_METAVARS: Mapping[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "FILE", list[int]: "ID", list[str]: "TEXT"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,40 @@ def with_flags(verb: Callable[..., int]) -> Callable[..., None]:
         own = {name: value for name, value in arguments.items() if name not in flags}
         raise typer.Exit(run_to_end(lambda: verb(**own, options=_options(config, given, quiet)), debug=debug))
 
-    own = [each for name, each in inspect.signature(verb, eval_str=True).parameters.items() if name != "options"]
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own] + [
-        *flags.values(),
-        *_shared_flags(),
+    return _command(verb, run, [*flags.values(), *_shared_flags()])
+
+
+def with_fields(verb: Callable[..., int], kind: type) -> Callable[..., None]:
+    """Give a verb a flag for each field of a dataclass, whose help is the text below the field.
+
+    Args:
+        verb: returns an exit status. Two of its parameters, `options` and `quiet`, get the dataclass and whether to be
+            quiet; the others are typer's.
+        kind: the dataclass; every field has a default, and its own checks raise ConfigError.
+    """
+    hints, docs = get_type_hints(kind), _field_docs(kind)
+    flags = [
+        _flag(each.name, hints[each.name], _with_default(docs[each.name], each.default), "Options")
+        for each in fields(kind)
     ]
+
+    def run(*, quiet: bool, debug: bool, **arguments: Any) -> None:
+        names = {each.name for each in flags}
+        given = {name: value for name, value in arguments.items() if name in names and value not in (None, [])}
+        own = {name: value for name, value in arguments.items() if name not in names}
+        raise typer.Exit(run_to_end(lambda: verb(**own, quiet=quiet, options=kind(**given)), debug=debug))
+
+    return _command(verb, run, [*flags, *_last_flags()])
+
+
+def _command(verb: Callable[..., int], run: Callable[..., None], flags: list[inspect.Parameter]) -> Callable[..., None]:
+    """Give `run` the verb's name and help, and its own parameters before the flags."""
+    own = [
+        each
+        for name, each in inspect.signature(verb, eval_str=True).parameters.items()
+        if name not in ("options", "quiet")
+    ]
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own] + flags
     run.__name__, run.__doc__ = verb.__name__, verb.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {}
@@ -131,7 +160,6 @@ def _sampling_flags() -> Iterator[inspect.Parameter]:
 
 
 def _shared_flags() -> Iterator[inspect.Parameter]:
-    panel = "Other"
     yield _parameter(
         "config",
         Path | None,
@@ -139,9 +167,14 @@ def _shared_flags() -> Iterator[inspect.Parameter]:
         typer.Option(
             help="An octavo.toml with any setting, and sampling parameters under [sampling]; flags win.",
             metavar="FILE",
-            rich_help_panel=panel,
+            rich_help_panel="Other",
         ),
     )
+    yield from _last_flags()
+
+
+def _last_flags() -> Iterator[inspect.Parameter]:
+    panel = "Other"
     yield _parameter(
         "quiet",
         bool,

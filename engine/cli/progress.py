@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .terminal import stderr
 
@@ -19,6 +19,15 @@ LINE_PERIOD_S = 10.0
 """Between lines where stderr is no terminal."""
 RATE_WINDOW_S = 5.0
 """The rates shown are those of the last seconds."""
+
+
+class Shown(Protocol):
+    """What is shown beside a bar."""
+
+    @property
+    def now(self) -> str:
+        """How fast it goes."""
+        ...
 
 
 class Speed:
@@ -92,7 +101,7 @@ class GenerationBar:
         quiet: show nothing.
     """
 
-    def __init__(self, speed: Speed, total: int | None, *, num_over: int, quiet: bool) -> None:
+    def __init__(self, speed: Shown, total: int | None, *, num_over: int, quiet: bool) -> None:
         self._speed = speed
         self._total = total
         self._console = stderr()
