@@ -6,21 +6,46 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-__all__ = ["parse_json"]
+__all__ = ["MAX_DEPTH", "parse_json"]
+
+MAX_DEPTH = 64
+"""Arrays and objects inside one another; whoever walks a parsed value may recurse."""
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON without NaN, Infinity, doubled keys or bottomless nesting.
+    """Parse JSON without NaN, Infinity, doubled keys, endless integers or bottomless nesting.
 
     Raises:
         ValueError: it is not such JSON; says why in a few words.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        # Python's own words about an integer of more digits than it converts name a function of its own.
+        raise ValueError("an integer has too many digits" if "limit" in str(error) else str(error)) from None
+    # Walking a value costs as much as parsing it, and hardly any text opens so many.
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        children: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                children += each.values()
+            elif isinstance(each, list):
+                children += each
+        level = [child for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -30,7 +55,9 @@ def _refuse_constant(name: str) -> NoReturn:
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {doubled[:40]!a} is given twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {name[:40]!a} is given twice")
+            seen.add(name)
     return values

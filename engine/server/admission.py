@@ -1,0 +1,140 @@
+"""This module holds the queue in front of the engine: who may join it, and how long one may wait. It does not run it.
+
+A request is in the queue from here until the engine says that it has admitted it, so the events of the engine count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ..errors import RequestError
+from ..events import EventKind, RequestEvent, StepEvent
+from .errors import HTTPError
+from .settings import Limits
+from .watch import Watch
+
+__all__ = ["Admission", "Ticket"]
+
+_RETRY = ("retry-after", "1")
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request's place in the queue, and then in the engine."""
+
+    watch: Watch
+    waiting: dict[str, int]
+    """Engine's id -> tokens, of those of its prompts that wait."""
+    num_sequences: int
+    """For each prompt."""
+    admitted: bool = False
+    """The engine has begun with one of its prompts."""
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class Admission:
+    """Bounds the queue and knows all requests that are being answered. A `Recorder` of the engine's events."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._tickets: set[Ticket] = set()
+        self._waiting: dict[str, Ticket] = {}
+        self._ids: set[str] = set()
+        self.num_waiting = 0
+        """Sequences."""
+        self.num_waiting_tokens = 0
+        self.closed: HTTPError | None = None
+        """Why nobody is let in any more."""
+
+    @property
+    def num_active(self) -> int:
+        """Requests that are being answered."""
+        return len(self._tickets)
+
+    def is_active(self, engine_id: str) -> bool:
+        """Whether a prompt of this id waits or is being answered."""
+        return engine_id in self._ids
+
+    @contextmanager
+    def enter(self, watch: Watch, num_tokens: dict[str, int], num_sequences: int) -> Iterator[Ticket]:
+        """Give a request its place for as long as the block lasts.
+
+        Args:
+            watch: ends the request.
+            num_tokens: of each prompt, by the id under which the engine will know it.
+            num_sequences: for each prompt.
+
+        Raises:
+            HTTPError: 429 where the queue is full, 503 where the server is closing.
+            RequestError: the request alone is more than the queue takes.
+        """
+        self._check_room(len(num_tokens) * num_sequences, sum(num_tokens.values()))
+        ticket = Ticket(watch, dict(num_tokens), num_sequences)
+        late = HTTPError(
+            503,
+            f"the request has waited {self._limits.queue_s:g} s for its turn",
+            code="queue_timeout",
+            headers=[_RETRY],
+        )
+        ticket.timer = asyncio.get_running_loop().call_later(self._limits.queue_s, watch.end, late)
+        self._tickets.add(ticket)
+        self._ids.update(num_tokens)
+        self._waiting.update(dict.fromkeys(num_tokens, ticket))
+        self.num_waiting += len(num_tokens) * num_sequences
+        self.num_waiting_tokens += sum(num_tokens.values())
+        try:
+            yield ticket
+        finally:
+            ticket.timer.cancel()
+            self._tickets.discard(ticket)
+            self._ids.difference_update(num_tokens)
+            for engine_id in num_tokens:
+                self._take_from_queue(engine_id)
+
+    def close(self, reason: HTTPError) -> None:
+        """Let nobody in any more."""
+        self.closed = self.closed or reason
+
+    def end_all(self, reason: HTTPError) -> None:
+        """End everything that is being answered."""
+        for ticket in list(self._tickets):
+            ticket.watch.end(reason)
+
+    def on_request(self, event: RequestEvent) -> None:
+        """Take what the engine did with a sequence."""
+        if event.kind is EventKind.ADMITTED:
+            self._take_from_queue(event.request_id)
+
+    def on_step(self, event: StepEvent) -> None:
+        """Take a step of the engine."""
+
+    def _take_from_queue(self, engine_id: str) -> None:
+        ticket = self._waiting.pop(engine_id, None)
+        if ticket is None:
+            return
+        ticket.admitted = True
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+        self.num_waiting -= ticket.num_sequences
+        self.num_waiting_tokens -= ticket.waiting.pop(engine_id)
+
+    def _check_room(self, num_sequences: int, num_tokens: int) -> None:
+        if self.closed is not None:
+            raise self.closed
+        limits = self._limits
+        if num_sequences > limits.queue_requests:
+            allowed = f"prompts times n of at most {limits.queue_requests}"
+            raise RequestError(f"the request has {num_sequences} sequences; allowed: {allowed}", "n")
+        if num_tokens > limits.queue_tokens:
+            allowed = f"at most {limits.queue_tokens} in all prompts"
+            raise RequestError(f"the request has {num_tokens} prompt tokens; allowed: {allowed}", "prompt")
+        full = None
+        if self.num_waiting + num_sequences > limits.queue_requests:
+            full = f"{self.num_waiting} sequences wait already; allowed: {limits.queue_requests}"
+        elif self.num_waiting_tokens + num_tokens > limits.queue_tokens:
+            full = f"{self.num_waiting_tokens} prompt tokens wait already; allowed: {limits.queue_tokens}"
+        if full is not None:
+            raise HTTPError(429, f"the queue is full: {full}", code="queue_full", headers=[_RETRY])

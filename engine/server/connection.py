@@ -1,0 +1,118 @@
+"""This module holds a connection that waits for nobody for ever. It does not know what is asked over it.
+
+uvicorn's own limits concern idle connections and the size of headers. A client that sends a byte a minute, or that
+never reads what it is sent, would hold its connection, and its request, for as long as it likes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any, ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from .errors import HTTPError, error_body
+from .settings import Limits
+
+__all__ = ["Connection", "connection_class"]
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection with a time for headers, bodies and writes."""
+
+    limits: ClassVar[Limits] = Limits()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reading: asyncio.TimerHandle | None = None
+        self._awaited: type | None = None
+        """The state of the client that the timer ends: before the end of its headers, or of its body."""
+        self._writing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a new connection."""
+        super().connection_made(transport)
+        self._watch_reading(sent_something=True)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client has sent."""
+        super().data_received(data)
+        self._watch_reading(sent_something=True)
+
+    def on_response_complete(self) -> None:
+        """Make ready for the next request."""
+        super().on_response_complete()
+        self._watch_reading(sent_something=bool(self.conn.trailing_data[0]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of everything."""
+        self._stop_reading_timer()
+        self.resume_writing()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start the time in which the client must read something."""
+        super().pause_writing()
+        if self._writing is None:
+            self._writing = self.loop.call_later(self.limits.body_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read."""
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; uvicorn calls this while it handles h11's exception, which knows the status."""
+        error = sys.exc_info()[1]
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        if status == 431:
+            msg = f"the headers are too large; allowed: {self.limits.header_bytes} bytes"
+        self._refuse(HTTPError(status, msg))
+
+    def _watch_reading(self, *, sent_something: bool) -> None:
+        """Arm the timer for what the client still has to send, and disarm it once that is there."""
+        state = self.conn.their_state
+        if state not in (h11.IDLE, h11.SEND_BODY) or (state is h11.IDLE and not sent_something):
+            self._stop_reading_timer()
+        elif self._reading is None or self._awaited is not state:
+            self._stop_reading_timer()
+            self._awaited = state
+            # The application answers a slow body before this does, unless it does not read bodies at all.
+            delay = self.limits.header_s if state is h11.IDLE else self.limits.body_s + 1
+            self._reading = self.loop.call_later(delay, self._too_slow)
+
+    def _too_slow(self) -> None:
+        if self.conn.our_state is not h11.IDLE:
+            self.transport.abort()
+        elif self.conn.trailing_data[0]:
+            self._refuse(HTTPError(408, f"the headers were not complete after {self.limits.header_s:g} s"))
+        else:
+            self.transport.close()
+
+    def _stop_reading_timer(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _refuse(self, error: HTTPError) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = error_body(error)
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            response = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def connection_class(limits: Limits) -> type[Connection]:
+    """Return the class of connections with these limits, for uvicorn to make."""
+    return type("LimitedConnection", (Connection,), {"limits": limits})
