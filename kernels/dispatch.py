@@ -170,11 +170,11 @@ def use_backend(name: Backend) -> _Selection:
 def launching_nothing() -> Iterator[None]:
     """Let the triton backend be chosen without a GPU: the caller records launches and reads no result (`aot`)."""
     global _launching_nothing
-    _launching_nothing = True
+    previous, _launching_nothing = _launching_nothing, True
     try:
         yield
     finally:
-        _launching_nothing = False
+        _launching_nothing = previous
 
 
 @contextmanager

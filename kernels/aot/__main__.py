@@ -39,17 +39,19 @@ WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes 
 
 def refuse(message: str) -> NoReturn:
     """End with an error of the user's."""
-    notes.print(f"[red]{message}[/]", highlight=False)
+    notes.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(2)
 
 
 def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: object) -> list[Variant]:
-    """Return the variants asked for."""
+    """Return the variants asked for, or refuse."""
     if interpreted():
         refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     unknown = [target for target in targets.split(",") if target not in GPUS]
     if unknown:
         refuse(f"unknown target {', '.join(unknown)}; known: {', '.join(GPUS)}")
+    if not all(size.isdecimal() for size in block_sizes.split(",")):
+        refuse(f"block_size is {block_sizes!r}; allowed: integers, several with commas")
     try:
         sizes = find_model(model)
         settings = [Settings(block_size=int(size), **flags) for size in block_sizes.split(",")]  # type: ignore[arg-type]
@@ -57,12 +59,21 @@ def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: obj
             size = settings[0].block_size
             settings.append(Settings(block_size=size, invariant=True))
             settings += [Settings(block_size=size, cache="int8"), Settings(block_size=size, cache="e4m3")]
-        found = [variant for target in targets.split(",") for variant in list_variants(sizes, settings, target)]
+        found = [variant for target in targets.split(",") for variant in list_variants(sizes, settings, GPUS[target])]
     except ValueError as error:  # a kernel's refusal of what it cannot do is one, too
         refuse(str(error))
+    names, parts = sorted({variant.launch.kernel for variant in found}), kernel.split(",")
+    if strange := [part for part in parts if not any(part in name for name in names)]:
+        refuse(f"unknown kernel {', '.join(strange)}; known: {', '.join(names)}")
     if missing := missing_ops():
         notes.print(f"no kernel yet: {', '.join(missing)}", style="yellow")
-    return [variant for variant in found if any(part in variant.launch.kernel for part in kernel.split(","))]
+    return [variant for variant in found if any(part in variant.launch.kernel for part in parts)]
+
+
+def check_folder(path: Path | None) -> None:
+    """Refuse a file in a folder that is not there, before minutes have gone into what it shall hold."""
+    if path is not None and not path.parent.is_dir():
+        refuse(f"{path} cannot be written: there is no folder {path.parent}")
 
 
 def compile_rows(model: str, variants: Sequence[Variant], cache: Path, workers: int) -> list[Row]:
@@ -107,6 +118,8 @@ def report(
     workers: WorkersOption = 2,
 ) -> None:
     """Compile every variant that an engine would launch and print what its machine code says."""
+    check_folder(json)
+    check_folder(html)
     rows = compile_rows(model, choose(model, target, block_size, kernel), cache, workers)
     if json is not None:
         write_json(rows, json)
@@ -127,6 +140,8 @@ def check(
     workers: WorkersOption = 2,
 ) -> None:
     """Compare what variants compile to with the ceilings; name each that is broken and exit with 1."""
+    if not budget.is_file():
+        refuse(f"{budget} is no file; allowed: ceilings as in {BUDGET.name}")
     rows = compile_rows(model, choose(model, target, block_size, kernel), cache, workers)
     complete = not kernel and block_size == BLOCK_SIZES
     if update:

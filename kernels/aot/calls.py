@@ -29,6 +29,7 @@ from .. import (
     write_kv,
 )
 from ..attention import SPLIT_TOKENS, SharedPrefixes
+from ..common.checks import check_choice
 from ..dispatch import OPS
 from ..sampling import AllowedTokens, BannedTokens, LogitBias, Penalties, SampleParams
 from .targets import Model
@@ -50,6 +51,13 @@ class Settings:
     max_num_seqs: int = 256
     max_model_len: int = 32_768
     num_blocks: int = 16_384
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine is set to; raises ValueError."""
+        check_choice("cache_dtype", self.cache, ("auto", "int8", "e4m3"))
+        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "max_model_len", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +152,21 @@ def write_call(model: Model, settings: Settings, num_tokens: int) -> Call:
         q, k, v = heads(model, num_tokens)
         k_cache, v_cache, scales = caches(model, settings)
         slots, positions = (empty(num_tokens, dtype=torch.int64) for _ in range(2))
-        table = empty(settings.max_model_len, model.head_dim, dtype=torch.float32) if model.rotary else None
+        rotary_dim = model.rotary_dim or model.head_dim
+        table = empty(settings.max_model_len, rotary_dim, dtype=torch.float32) if model.rotary else None
         weight = empty(model.head_dim, dtype=q.dtype) if model.head_norm else None
         plan = plan_write_kv(
             slots,
             positions=positions,
             cos_sin=table,
-            rope_style="neox",
+            rope_style=model.rope_style,
             block_size=settings.block_size,
             num_kv_heads=model.num_kv_heads,
             dtype=q.dtype,
         )
         write_kv(
-            q, k, v, k_cache, v_cache, slots, positions=positions, cos_sin=table, q_norm=weight, k_norm=weight,
-            plan=plan, **scales,
+            q, k, v, k_cache, v_cache, slots, positions=positions, cos_sin=table, rope_style=model.rope_style,
+            q_norm=weight, k_norm=weight, plan=plan, **scales,
         )  # fmt: skip
 
     return Call("write_kv", _cache_label(settings), run)

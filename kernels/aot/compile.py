@@ -18,9 +18,9 @@ import triton
 
 from . import sass
 from .driver import Launch, fake_driver
-from .targets import GPUS
+from .targets import GPUS, Gpu
 
-__all__ = ["compile_all", "default_cache"]
+__all__ = ["compile_all", "compile_variant", "default_cache"]
 
 
 def default_cache() -> Path:
@@ -42,12 +42,22 @@ def _key(launch: Launch) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _facts(launch: Launch) -> dict[str, Any]:
-    """Compile one variant, by the path that a launch takes, and read its machine code."""
+def compile_variant(launch: Launch) -> Any:
+    """Compile one variant by the path that a launch takes, on a machine with or without its GPU.
+
+    Returns:
+        Triton's compiled kernel, which it also keeps in its cache on disk.
+    """
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    gpu = GPUS[launch.target]
-    with fake_driver(gpu):
-        compiled = kernel.preload(launch.specialization)
+    # Compiling asks a driver for the architecture alone; where there is no such card, all cards of it would do.
+    arch = int(launch.target.removeprefix("sm_"))
+    with fake_driver(Gpu(arch, launch.target, num_sms=1, shared_bytes=0)):
+        return kernel.preload(launch.specialization)
+
+
+def _facts(launch: Launch) -> dict[str, Any]:
+    """Compile one variant and read its machine code."""
+    compiled, gpu = compile_variant(launch), GPUS[launch.target]
     metadata = compiled.metadata
     facts = sass.read_cubin(compiled.asm["cubin"])
     return facts | {

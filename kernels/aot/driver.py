@@ -80,15 +80,15 @@ class _Utils:
 class _FakeDriver:
     """What Triton asks of a driver up to the point where it would load a kernel."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self._arch = gpu.arch
+    def __init__(self, gpu: Gpu, device: int) -> None:
+        self._arch, self._device = gpu.arch, device
         self.utils = _Utils(gpu)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        return self._arch  # Triton keeps what it has compiled by device: one for each target
+        return self._device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -102,11 +102,15 @@ class _FakeDriver:
 
 
 @contextmanager
-def fake_driver(gpu: Gpu) -> Iterator[None]:
-    """Make Triton compile for `gpu`, whatever this machine has, until the end of the `with` statement."""
+def fake_driver(gpu: Gpu, device: int | None = None) -> Iterator[None]:
+    """Make Triton compile for `gpu`, whatever this machine has, until the end of the `with` statement.
+
+    Args:
+        device: under which number Triton keeps what it has compiled; None: one for each architecture.
+    """
     driver = triton.runtime.driver
     previous = driver._active
-    driver.set_active(_FakeDriver(gpu))
+    driver.set_active(_FakeDriver(gpu, gpu.arch if device is None else device))
     launch._driver_target.cache_clear()
     try:
         yield
@@ -131,7 +135,8 @@ def recording(gpu: Gpu) -> Iterator[dict[Launch, None]]:
     previous = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = hook
     try:
-        with fake_driver(gpu), dispatch.launching_nothing(), dispatch.use_backend("triton"):
+        # On a device of its own: what has been compiled for another would be launched, and the hook would not be asked.
+        with fake_driver(gpu, -gpu.arch), dispatch.launching_nothing(), dispatch.use_backend("triton"):
             yield seen
     finally:
         knobs.runtime.jit_cache_hook = previous

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..common.compiled import describe_variant
 from .calls import Settings, engine_calls
 from .driver import Launch, recording
-from .targets import GPUS, Model
+from .targets import Gpu, Model
 
 __all__ = ["Variant", "list_variants"]
 
@@ -29,11 +29,11 @@ class Variant:
         return f"{launch.target} {launch.kernel}({describe_variant(launch.specialization)})"
 
 
-def list_variants(model: Model, settings: Sequence[Settings], target: str) -> list[Variant]:
-    """Return every variant that engines of these settings can launch, in the order of first use."""
+def list_variants(model: Model, settings: Sequence[Settings], gpu: Gpu) -> list[Variant]:
+    """Return every variant that engines of these settings can launch on a GPU, in the order of first use."""
     found: list[Variant] = []
     names: dict[tuple[str, str], int] = {}
-    with recording(GPUS[target]) as seen:
+    with recording(gpu) as seen:
         for call in engine_calls(model, settings):
             call.run()
             for launch in list(seen)[len(found) :]:

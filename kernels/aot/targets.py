@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
+from ..common.checks import check_choice
+
 __all__ = ["BUDGETED", "GPUS", "MODELS", "Gpu", "Model", "find_model"]
 
 
@@ -40,6 +42,14 @@ BUDGETED: Final = ("sm_80", "sm_90", "sm_100")
 """Those whose compiled kernels are held to ceilings."""
 
 
+_CHOICES: Final = {
+    "dtype": ("float32", "float16", "bfloat16"),
+    "norm": ("rms_norm", "layer_norm"),
+    "activation": ("silu", "gelu", "gelu_tanh"),
+    "rope_style": ("neox", "interleaved"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """The sizes of a decoder that its kernels are compiled for."""
@@ -55,10 +65,24 @@ class Model:
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True
     rotary: bool = True
+    rotary_dim: int | None = None
+    """Elements of a head that are rotated; None: all of them."""
+    rope_style: Literal["neox", "interleaved"] = "neox"
     head_norm: bool = False
     window: int | None = None
     num_valid_ids: int | None = None
     """Ids that the tokenizer has, where the logits are wider."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no decoder is; raises ValueError."""
+        for name, allowed in _CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise ValueError(f"{field.name} is {value}; it must be above 0")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_q_heads} query heads cannot share {self.num_kv_heads} KV heads evenly")
 
 
 MODELS: Final = {
@@ -69,6 +93,10 @@ MODELS: Final = {
     "smollm2-135m": Model(9, 3, 64, 576, 1536, 49_152),
     "gpt2": Model(12, 12, 64, 768, 3072, 50_257, norm="layer_norm", activation="gelu_tanh", gated=False, rotary=False),
 }
+
+
+_OPTIONAL: Final = ("rotary_dim", "window", "num_valid_ids")
+"""Sizes that may be None."""
 
 
 def find_model(text: str) -> Model:
@@ -86,11 +114,20 @@ def find_model(text: str) -> Model:
     known = {field.name: getattr(model, field.name) for field in fields(Model)}
     changes: dict[str, Any] = {}
     for setting in settings:
-        key, _, value = setting.partition("=")
+        key, _, text = setting.partition("=")
         if key not in known:
             raise ValueError(f"unknown size {key!r}; known: {', '.join(known)}")
-        if isinstance(known[key], bool):
-            changes[key] = value.lower() in ("true", "1")
-        else:
-            changes[key] = int(value) if isinstance(known[key], int) or key in ("window", "num_valid_ids") else value
+        changes[key] = _parse(key, text, known[key])
     return replace(model, **changes)
+
+
+def _parse(name: str, text: str, default: object) -> bool | int | str:
+    """Return a size as what its default is."""
+    if isinstance(default, bool):
+        check_choice(name, text, ("true", "false"))
+        return text == "true"
+    if isinstance(default, int) or name in _OPTIONAL:
+        if not text.isdecimal():
+            raise ValueError(f"{name} is {text!r}; allowed: an integer above 0")
+        return int(text)
+    return text

@@ -60,6 +60,11 @@ class Compiled:
 
         knobs.runtime.jit_post_compile_hook = self._hook = hook
 
+    def mark_cold(self) -> None:
+        """Say that a warm-up begins: of an engine, or of one more in this process."""
+        self.watch()
+        self.is_warm = False
+
     def mark_warm(self) -> None:
         """Say that from now on nothing should need to be compiled."""
         self.watch()

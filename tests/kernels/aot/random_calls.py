@@ -95,7 +95,7 @@ def main() -> None:
     report: dict[str, Any] = {"num_known": 0, "num_launched": 0, "unknown": [], "despecialized": {}}
     for name, block_size in itertools.product(arguments.models.split(","), arguments.block_sizes.split(",")):
         model, settings = MODELS[name], Settings(block_size=int(block_size))
-        variants = list_variants(model, [settings], TARGET)
+        variants = list_variants(model, [settings], GPUS[TARGET])
         known = {variant.launch for variant in variants}
         seen = launched(model, settings, arguments.steps, arguments.seed)
         report["num_known"] += len(known)
