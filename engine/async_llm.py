@@ -13,13 +13,17 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from .config import EngineConfig
 from .errors import EngineDeadError, RequestError
 from .events import KVSnapshot, Recorder
 from .intake import Intake
+from .observe.crash import write_bundle
+from .observe.ring import EventRing
+from .process.client import ProcessLink
 from .process.link import START_ENGINE, EngineLink
 from .process.messages import (
     Abort,
@@ -103,15 +107,17 @@ class AsyncLLM:
 
     info: EngineInfo
     """What the engine is and what it can hold."""
+    ring: EventRing
+    """The latest events of the run; always kept, so that its end can be explained."""
 
-    def __init__(self, max_unread: int) -> None:
+    def __init__(self, max_unread: int, crash_folder: str | Path | None) -> None:
         self._max_unread = max_unread
+        self._crash_folder = crash_folder
         self._streams: dict[str, _Stream] = {}
         """Requests whose reader has not left."""
         self._leaving: dict[str, list[asyncio.Future[None]]] = {}
         """Requests that the engine was told to abort and may still hold; who waits for it to say that it does not."""
         self._calls: dict[int, asyncio.Future[KVSnapshot | None]] = {}
-        self._recorders: list[Recorder] = []
         self._num_requests = 0
         self._num_calls = 0
         self._dead: str | None = None
@@ -120,6 +126,8 @@ class AsyncLLM:
         self._heartbeat = Heartbeat(time.monotonic(), None)
         self._step_s = 0.0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, "octavo-text")
+        self.ring = EventRing()
+        self._recorders: list[Recorder] = [self.ring]
 
     @classmethod
     async def start(
@@ -131,6 +139,7 @@ class AsyncLLM:
         on_weights: Callable[[int, int], None] | None = None,
         chat_template: str | None = None,
         max_unread: int = 256,
+        crash_folder: str | Path | None = None,
         engine_factory: str = START_ENGINE,
     ) -> AsyncLLM:
         """Start an engine and return once it takes requests.
@@ -141,6 +150,7 @@ class AsyncLLM:
             on_phase, on_weights: see `start_engine`; called on the event loop.
             chat_template: Jinja source to use in place of the model's.
             max_unread: a reader that leaves more news unread than this is ended.
+            crash_folder: where to leave a bundle of metadata (`observe.crash`) should the engine die; None: nowhere.
             engine_factory: "module:function" to start the engine with, called as `start_engine` is: for tests and
                 benchmarks, which run engines without a model.
 
@@ -148,8 +158,9 @@ class AsyncLLM:
             ConfigError, CheckpointError, CapacityError: it cannot be started.
             EngineDeadError: it died while it started.
         """
-        llm = cls(max_unread)
-        llm._link = ThreadLink(llm._on_message, llm._on_lost, on_phase, on_weights)
+        llm = cls(max_unread, crash_folder)
+        kind = ThreadLink if in_process else ProcessLink
+        llm._link = kind(llm._on_message, llm._on_lost, on_phase, on_weights)
         llm.info, llm._tokenizer = await llm._link.start(config or EngineConfig(), engine_factory)
         llm._intake = Intake(
             llm._tokenizer,
@@ -185,14 +196,14 @@ class AsyncLLM:
         """Build sampling parameters from names and values, with the checkpoint's defaults where none are given."""
         return self._intake.with_defaults(SamplingParams.from_mapping(mapping or {}))
 
-    async def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without holding up the event loop.
+    async def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Return the token ids of a text, without holding up the event loop. See `Tokenizer.encode`.
 
         Raises:
             RequestError: it is no valid text, or the model has no tokenizer.
         """
         self._need_tokenizer("prompt")
-        return await self._on_thread(self._intake.encode, text)
+        return await self._on_thread(self._intake.encode, text, add_bos=add_bos)
 
     async def encode_chat(
         self,
@@ -256,7 +267,7 @@ class AsyncLLM:
             params = await self._on_thread(self._intake.with_bad_words, params)
         token_ids = self._intake.encode(prompt_token_ids)
         params = self._intake.resolved(params, len(token_ids), default_max_tokens)
-        request_id = self._new_id(request_id)
+        request_id = await self._new_id(request_id)
         reader = _Stream(self._texts.add(request_id, prompt, token_ids, params), stream)
         self._streams[request_id] = reader
         try:
@@ -288,9 +299,7 @@ class AsyncLLM:
             return
         if request_id not in self._leaving:
             self._send_abort(request_id)
-        gone = self._new_future()
-        self._leaving[request_id].append(gone)
-        await gone
+        await self._until_gone(request_id)
 
     def subscribe(self, recorder: Recorder) -> None:
         """Hand every event to a recorder from now on, in order, on the event loop."""
@@ -351,22 +360,35 @@ class AsyncLLM:
         await self._link.close(CLOSE_TIMEOUT_S)
         self._end("the engine was shut down")
 
-    def _new_id(self, request_id: str | None) -> str:
+    def _check_alive(self) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
+
+    async def _new_id(self, request_id: str | None) -> str:
+        """Return an id that nobody uses, the engine included: it may still hold one that was left a moment ago."""
+        while request_id is None or request_id in self._leaving:
+            if request_id is not None:
+                await self._until_gone(request_id)
+            else:
+                request_id = f"request-{self._num_requests}"
+                self._num_requests += 1
+        self._check_alive()
         if self._draining:
             raise EngineDeadError("the engine is shutting down")
-        if request_id is None:
-            request_id = f"request-{self._num_requests}"
-            self._num_requests += 1
-        if request_id in self._streams or request_id in self._leaving:
+        if request_id in self._streams:
             raise RequestError(f"request_id is {request_id!r}; allowed: one that is not in use", "request_id")
         return request_id
+
+    async def _until_gone(self, request_id: str) -> None:
+        gone: asyncio.Future[None] = self._new_future()
+        self._leaving[request_id].append(gone)
+        await gone
 
     def _new_future(self) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().create_future()
 
     async def _on_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        self._check_alive()
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
     def _need_tokenizer(self, param: str) -> None:
@@ -374,8 +396,7 @@ class AsyncLLM:
             raise RequestError("the model has no tokenizer; allowed: token ids", param)
 
     async def _call(self, what: Literal["snapshot", "reset_prefix_cache"]) -> KVSnapshot | None:
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
+        self._check_alive()
         self._num_calls += 1
         answer: asyncio.Future[KVSnapshot | None] = self._new_future()
         self._calls[self._num_calls] = answer
@@ -446,14 +467,25 @@ class AsyncLLM:
 
     def _on_lost(self, reason: str) -> None:
         _log.error("the engine is dead: %s", reason)
+        if self._crash_folder is not None:
+            # Not on the event loop, which has readers to tell; nobody writes to the ring any more.
+            self._threads.submit(self._leave_bundle, Path(self._crash_folder), reason)
         self._end(f"the engine is dead: {reason}")
+
+    def _leave_bundle(self, folder: Path, reason: str) -> None:
+        facts = {field.name: getattr(self.info, field.name) for field in fields(self.info)}
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = write_bundle(folder, self.ring, facts, reason)
+        if path is not None:
+            _log.error("what is known of its end is in %s", path)
 
     def _end(self, reason: str) -> None:
         """Nothing can be served any more: say so to everybody who waits."""
         if self._dead is not None:
             return
         self._dead = reason
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False)
         for reader in self._streams.values():
             if not reader.output.finished:
                 reader.fail(EngineDeadError(reason))

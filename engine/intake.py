@@ -106,14 +106,29 @@ class Intake:
         )
         return params if params.max_tokens is not None else params.replace(max_tokens=max_tokens)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt, checked against the vocabulary.
+    def check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit the context, before any work is done on it.
+
+        Raises:
+            RequestError: it has more characters than that many tokens can stand for.
+        """
+        allowed = self._max_model_len * self.tokenizer.longest_token
+        if len(text) > allowed:
+            raise RequestError(
+                f"the prompt has {len(text)} characters; allowed: {allowed}, as more cannot fit the context of "
+                f"{self._max_model_len} tokens",
+                "prompt",
+            )
+
+    def encode(self, prompt: Prompt, *, add_bos: bool = True) -> list[int]:
+        """Return the token ids of a prompt, checked against the vocabulary. `add_bos` is for a text.
 
         Raises:
             RequestError: it is no valid text, or holds something else than token ids.
         """
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            self.check_length(prompt)
+            return self.tokenizer.encode(prompt, add_bos=add_bos)
         if not is_list(prompt):
             raise RequestError(f"prompt is {describe(prompt)}; allowed: a text, or a list of token ids", "prompt")
         token_ids = list(prompt)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast
@@ -17,6 +18,8 @@ from ..text import Tokenizer
 from .messages import Died, EngineInfo, FromEngine, PhaseBegan, Ready, StartFailed, ToEngine, WeightsRead
 
 __all__ = ["START_ENGINE", "EngineFactory", "EngineLink", "find_factory"]
+
+_log = logging.getLogger("octavo")
 
 START_ENGINE = "octavo.engine.startup:start_engine"
 
@@ -85,6 +88,20 @@ class EngineLink(ABC):
         """End the engine, by force where it has not ended by itself in time; a second call does nothing."""
 
     def _receive(self, message: FromEngine) -> None:
+        """Act on a message; a fault in doing so ends the start or the line, since what the message said is lost."""
+        try:
+            self._act(message)
+        except Exception as error:
+            self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        if self._ready.done():
+            _log.error("a message of the engine cannot be taken", exc_info=error)
+            self._lost(f"its front has failed: {error!r}")
+        else:
+            self._ready.set_exception(error)
+
+    def _act(self, message: FromEngine) -> None:
         match message:
             case PhaseBegan():
                 if self._on_phase is not None:

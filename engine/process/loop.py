@@ -227,10 +227,10 @@ class EngineLoop:
             self._add(message, compiled.grammar)
 
     def _check_hidden_states(self, params: SamplingParams) -> None:
-        num_states = len(params.return_hidden_states or ()) * (params.max_tokens or 0)
+        num_states = len(params.return_hidden_states or ()) * (params.max_tokens or 0) * params.n
         if num_states * self._bytes_per_state > MAX_HIDDEN_STATES_BYTES:
             raise RequestError(
-                f"return_hidden_states asks for {num_states * self._bytes_per_state} bytes for each choice; "
+                f"return_hidden_states asks for up to {num_states * self._bytes_per_state} bytes; "
                 f"allowed: {MAX_HIDDEN_STATES_BYTES}, with fewer layers or a smaller max_tokens",
                 "return_hidden_states",
             )

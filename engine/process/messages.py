@@ -1,7 +1,7 @@
 """This module holds the messages between an engine and its front, and their form on a pipe. It does not know who sends
 them or how they travel.
 
-On a pipe a message is one frame: its length in four bytes, then msgpack. Arrays are bytes with their shape; nothing in
+On a pipe a message is one frame: its length in eight bytes, then msgpack. Arrays are bytes with their shape; nothing in
 a frame can name code to run. Within one process the same objects are handed over as they are.
 """
 
@@ -51,7 +51,8 @@ __all__ = [
     "unpacked_params",
 ]
 
-MAX_FRAME_BYTES = 1 << 30
+_HEADER_BYTES = 8
+MAX_FRAME_BYTES = 1 << 40
 """A longer frame is a broken pipe, not a message."""
 
 
@@ -290,9 +291,9 @@ _decode_from_engine = msgspec.msgpack.Decoder(FromEngine, dec_hook=_decode_other
 
 def to_frame(message: ToEngine | FromEngine) -> bytearray:
     """Return a message as it goes over a pipe."""
-    buffer = bytearray(4)
-    _encoder.encode_into(message, buffer, 4)
-    buffer[:4] = (len(buffer) - 4).to_bytes(4, "little")
+    buffer = bytearray(_HEADER_BYTES)
+    _encoder.encode_into(message, buffer, _HEADER_BYTES)
+    buffer[:_HEADER_BYTES] = (len(buffer) - _HEADER_BYTES).to_bytes(_HEADER_BYTES, "little")
     return buffer
 
 
@@ -311,13 +312,14 @@ class Frames:
         buffer = self._buffer
         buffer += data
         start = 0
-        while len(buffer) - start >= 4:
-            end = start + 4 + int.from_bytes(buffer[start : start + 4], "little")
-            if end - start > MAX_FRAME_BYTES:
-                raise EngineDeadError(f"a message of {end - start} bytes; allowed: {MAX_FRAME_BYTES}")
+        while len(buffer) - start >= _HEADER_BYTES:
+            content = start + _HEADER_BYTES
+            end = content + int.from_bytes(buffer[start:content], "little")
+            if end - content > MAX_FRAME_BYTES:
+                raise EngineDeadError(f"a message of {end - content} bytes; allowed: {MAX_FRAME_BYTES}")
             if len(buffer) < end:
                 break
-            yield bytes(memoryview(buffer)[start + 4 : end])
+            yield bytes(memoryview(buffer)[content:end])
             start = end
         del buffer[:start]
 

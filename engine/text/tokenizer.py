@@ -47,6 +47,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: the largest id + 1; the logits may be wider.
+        longest_token: characters of the longest entry of the vocabulary; no token stands for more text.
         bos_token_id, eos_token_id: or None.
         special_token_ids: what `decode` leaves out with `skip_special_tokens`.
         control_tokens: text -> id of the tokens that structure a prompt: the special ones and those that look so.
@@ -76,6 +77,7 @@ class Tokenizer:
         if not vocab:
             raise CheckpointError(source, "the tokenizer has no tokens")
         self.vocab_size = max(vocab.values()) + 1
+        self.longest_token = max(map(len, vocab))
         for name in ("bos_token", "eos_token"):
             text = self.named_tokens.get(name)
             if text is not None and text not in vocab:
