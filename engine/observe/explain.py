@@ -115,7 +115,7 @@ def _chunks(table: StepTable, runs: list[Runs], start_s: float) -> Json:
 def _preemptions(life: Life, start_s: float) -> Iterator[Json]:
     """Yield what each preemption cost: tokens whose KV was given up, and those of them that were computed again."""
     resumed = [*[stay.admitted for stay in life.stays[1:]], None]
-    for stay, after in zip(life.stays, resumed, strict=True):
+    for stay, after in zip(life.stays, resumed, strict=False):
         if stay.left is not None and stay.left.kind == EventKind.PREEMPTED:
             lost = stay.left.num_tokens
             yield {

@@ -61,11 +61,7 @@ class TokenTimes:
             return None
         row = event.row
         if event.kind == EventKind.ADMITTED:
-            if row >= len(self._last_s):
-                grown = [np.full(2 * row + 64, NAN) for _ in range(3)]
-                for new, old in zip(grown, (self._arrived_s, self._first_s, self._last_s), strict=True):
-                    new[: len(old)] = old
-                self._arrived_s, self._first_s, self._last_s = grown
+            self._make_room(row)
             progress.num_admissions += 1
             if progress.num_admissions == 1:
                 progress.admitted_s = now_s
@@ -79,7 +75,7 @@ class TokenTimes:
         return progress
 
     def on_step(self, event: StepEvent, now_s: float) -> Latencies:
-        """Take a step, all of whose rows have been admitted, and return what its tokens had taken.
+        """Take a step and return what its tokens had taken; of a sequence that began unseen, only its later tokens.
 
         Args:
             event: the step.
@@ -88,9 +84,18 @@ class TokenTimes:
         rows = event.rows[event.sampled]
         if len(rows) == 0:
             return Latencies(np.empty(0), np.empty(0))
+        self._make_room(int(rows.max()))
         last_s = self._last_s[rows]
         is_first = np.isnan(last_s)
         self._last_s[rows] = now_s
         first_rows = rows[is_first]
         self._first_s[first_rows] = now_s
-        return Latencies(now_s - self._arrived_s[first_rows], now_s - last_s[~is_first])
+        first_s = now_s - self._arrived_s[first_rows]
+        return Latencies(first_s[~np.isnan(first_s)], now_s - last_s[~is_first])
+
+    def _make_room(self, row: int) -> None:
+        if row >= len(self._last_s):
+            grown = [np.full(2 * row + 64, NAN) for _ in range(3)]
+            for new, old in zip(grown, (self._arrived_s, self._first_s, self._last_s), strict=True):
+                new[: len(old)] = old
+            self._arrived_s, self._first_s, self._last_s = grown

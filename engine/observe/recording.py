@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, describe
-from ..events import BlockState, EventKind, KVSnapshot, RequestEvent, StepEvent
+from ..events import BlockState, EventKind, KVSnapshot, RequestEvent, StepEvent, WaitReason
+from ..step import FinishReason
 from ..strict_json import parse_json
 from .ring import EventRing
 
@@ -44,6 +45,10 @@ VERSION = 1
 STEP_FIELDS = StepEvent._fields
 EVENT_FIELDS = RequestEvent._fields
 _STEP_TIMES = ("start_s", "execute_s", "update_s", "end_s")
+_DETAILS: dict[EventKind, tuple[str, ...]] = {
+    EventKind.WAITS: tuple(reason.value for reason in WaitReason),
+    EventKind.FINISHED: tuple(reason.value for reason in FinishReason),
+}
 _MAX_ROW = 1 << 16
 _MAX_TOKENS = 1 << 31
 _MAX_BLOCKS = 1 << 24
@@ -93,11 +98,8 @@ def event_rows(events: Iterable[RequestEvent]) -> list[list[Any]]:
 
 def block_runs(blocks: npt.NDArray[np.uint8]) -> list[int]:
     """Return block states as runs [count, state, ...]."""
-    edges = np.concatenate(([0], np.flatnonzero(np.diff(blocks)) + 1, [len(blocks)]))
-    runs = np.empty((len(edges) - 1, 2), dtype=np.int64)
-    runs[:, 0] = np.diff(edges)
-    runs[:, 1] = blocks[edges[:-1]]
-    return runs.ravel().tolist()
+    ends = np.append(np.flatnonzero(np.diff(blocks)), len(blocks) - 1)[: len(blocks)]
+    return np.column_stack((np.diff(ends, prepend=-1), blocks[ends])).ravel().tolist()
 
 
 def snapshot_json(snapshot: KVSnapshot) -> Json:
@@ -226,8 +228,9 @@ def _event(where: str, row: Any) -> RequestEvent:
         _int(f"{where}.{name}", values[name], 0, _MAX_TOKENS)
     if values["kind"] in (EventKind.ADMITTED, EventKind.PREEMPTED) and values["row"] < 0:
         _refuse(f"{where}.row", values["row"], "its row")
-    for name in ("request_id", "detail"):
-        _text(f"{where}.{name}", values[name])
+    _text(f"{where}.request_id", values["request_id"])
+    if values["detail"] not in _DETAILS.get(values["kind"], ("",)):
+        _refuse(f"{where}.detail", values["detail"], "a reason of its kind")
     return RequestEvent(**values)
 
 
