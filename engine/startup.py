@@ -115,7 +115,7 @@ def start_engine(
         from .runner.model_runner import ModelRunner
         from .runner.sampler import Sampler
 
-        phase.detail = torch.__version__
+        phase.detail = str(torch.__version__)
     with phase("read the checkpoint's tables"):
         checkpoint = resolve_model(config.model, load_format=config.load_format, seed=config.seed)
         model_config = checkpoint.model_config
