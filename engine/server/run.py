@@ -66,7 +66,6 @@ class Server:
         self.app = create_app(llm, settings)
         self._uvicorn = _Uvicorn(self.app, settings)
         self._stopping = asyncio.Event()
-        self._num_signals = 0
 
     @property
     def url(self) -> str:
@@ -75,12 +74,14 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def stop(self) -> None:
-        """Begin to drain; the second time, give up at once."""
-        self._num_signals += 1
-        if self._num_signals > 1:
+        """Begin to drain."""
+        self._stopping.set()
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():
             # Open streams, threads and the engine end with the process: the engine sees its pipe close.
             os._exit(1)
-        self._stopping.set()
+        self.stop()
 
     async def run(self, on_ready: Callable[[str], None] | None = None) -> int:
         """Serve.
@@ -92,7 +93,7 @@ class Server:
             The exit status: 0 after a stop, 1 after the engine's death.
         """
         admission = self.app.context.admission
-        with _signals(self.stop):
+        with _signals(self._on_signal):
             serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
             while not self._uvicorn.started and not serving.done():
                 await asyncio.sleep(0.01)
