@@ -203,13 +203,18 @@ def _steps(rows: Sequence[Any]) -> Iterable[StepEvent]:
             values["rows"] = before.rows
         else:
             values["rows"] = _ints(f"{where}.rows", values["rows"], 0, _MAX_ROW)
-        num_seqs, counts = len(values["rows"]), values["num_scheduled_tokens"]
-        counts = counts if isinstance(counts, list) else [counts] * num_seqs
-        values["num_scheduled_tokens"] = _ints(f"{where}.num_scheduled_tokens", counts, 1, _MAX_TOKENS)
+        num_seqs, counts, sampled = len(values["rows"]), values["num_scheduled_tokens"], values["sampled"]
+        if type(counts) is int:
+            counts = np.broadcast_to(_ints(f"{where}.num_scheduled_tokens", [counts], 1, _MAX_TOKENS), num_seqs)
+        else:
+            counts = _ints(f"{where}.num_scheduled_tokens", counts, 1, _MAX_TOKENS)
         if len(counts) != num_seqs:
-            _refuse(f"{where}.num_scheduled_tokens", counts, f"{num_seqs} numbers")
-        sampled = list(range(num_seqs)) if values["sampled"] is None else values["sampled"]
-        values["sampled"] = _ints(f"{where}.sampled", sampled, 0, num_seqs)
+            _refuse(f"{where}.num_scheduled_tokens", counts.tolist(), f"{num_seqs} numbers")
+        if sampled is None:
+            sampled = np.arange(num_seqs, dtype=np.int32)
+        else:
+            sampled = _ints(f"{where}.sampled", sampled, 0, num_seqs)
+        values |= {"num_scheduled_tokens": counts, "sampled": sampled}
         _text(f"{where}.failed", values["failed"])
         before = StepEvent(**values)
         yield before
@@ -248,9 +253,10 @@ def _list(where: str, value: Any, length: int | None = None) -> list[Any]:
 
 
 def _ints(where: str, value: Any, low: int, end: int) -> npt.NDArray[np.int32]:
-    for i, item in enumerate(_list(where, value)):
-        _int(f"{where}[{i}]", item, low, end)
-    return np.array(value, dtype=np.int32)
+    items = _list(where, value)
+    if set(map(type, items)) - {int} or (items and not low <= min(items) <= max(items) < end):
+        _refuse(where, value, f"integers from {low} to {end - 1}")
+    return np.array(items, dtype=np.int32)
 
 
 def _int(where: str, value: Any, low: int, end: int) -> None:

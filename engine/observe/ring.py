@@ -49,19 +49,20 @@ class EventRing:
         """Ever taken."""
         self.num_events = 0
         """Ever taken."""
-        self._by_request: dict[str, list[RequestEvent]] = {}
+        self._by_request: dict[str, list[RequestEvent]] | None = {}
 
     def on_request(self, event: RequestEvent) -> None:
         """Take what happened to a sequence."""
+        by_request = self._index()
         if len(self.events) == self.max_events:
             oldest = self.events.popleft().request_id
-            mine = self._by_request[oldest]
+            mine = by_request[oldest]
             del mine[0]
             if not mine:
-                del self._by_request[oldest]
+                del by_request[oldest]
         self.events.append(event)
         self.num_events += 1
-        self._by_request.setdefault(event.request_id, []).append(event)
+        by_request.setdefault(event.request_id, []).append(event)
 
     def on_step(self, event: StepEvent) -> None:
         """Take a step that has ended."""
@@ -80,11 +81,11 @@ class EventRing:
 
     def events_of(self, request_id: str) -> list[RequestEvent]:
         """Return what is still known of a request, in order; of all its choices."""
-        return list(self._by_request.get(request_id, ()))
+        return list(self._index().get(request_id, ()))
 
     def request_ids(self) -> Iterable[str]:
         """Return the ids of all requests something is known of, the latest first."""
-        return reversed(self._by_request)
+        return reversed(self._index())
 
     def events_after(self, num_events: int) -> list[RequestEvent]:
         """Return the events that came after the first `num_events` ever taken, as far as they are still here."""
@@ -99,8 +100,16 @@ class EventRing:
         other = EventRing(self.max_steps, self.max_events // EVENTS_PER_REQUEST, self.block_maps.maxlen or 0)
         other.steps, other.events, other.block_maps = self.steps.copy(), self.events.copy(), self.block_maps.copy()
         other.num_steps, other.num_events = self.num_steps, self.num_events
-        other._by_request = {request_id: events.copy() for request_id, events in self._by_request.items()}
+        other._by_request = None
         return other
+
+    def _index(self) -> dict[str, list[RequestEvent]]:
+        """Return the events by request; a copy makes its own when it is asked, in its own thread's time."""
+        if self._by_request is None:
+            self._by_request = {}
+            for event in self.events:
+                self._by_request.setdefault(event.request_id, []).append(event)
+        return self._by_request
 
 
 def _last(items: deque[T], count: int) -> list[T]:

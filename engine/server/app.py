@@ -10,7 +10,6 @@ from starlette.types import ASGIApp
 
 from ..async_llm import AsyncLLM
 from ..observe.metrics import Metrics
-from ..observe.ring import EventRing
 from .access import Access
 from .admission import Admission
 from .body import send_json
@@ -50,7 +49,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings | None = None) -> App:
         settings=settings,
         admission=Admission(settings.limits),
         model_names=names,
-        ring=EventRing(),
+        ring=llm.ring,
         metrics=Metrics(
             model_name=names[0],
             num_blocks=llm.info.num_blocks,
@@ -60,7 +59,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings | None = None) -> App:
         ),
         system_fingerprint=f"octavo-{llm.info.fingerprint[:12]}",
     )
-    for recorder in (context.admission, context.ring, context.metrics):
+    for recorder in (context.admission, context.metrics):
         llm.subscribe(recorder)
     app = App(openapi_url=None, docs_url=None, redoc_url=None)
     app.context = context
