@@ -1,0 +1,121 @@
+// This module holds the live view: one picture of the engine, drawn from a view that comes from a server or a recording.
+// It does not know which.
+
+import { BlockMap, Timeline } from "./charts.js";
+import { $, count, duration, el, legend, onScheme, percent, rate } from "./dom.js";
+
+const timeline = new Timeline($("timeline")), map = new BlockMap($("blocks"));
+let view = null;
+let frozen = false;
+
+$("steps-legend").append(...legend([["prefill", "prefill"], ["decode", "decode, running"], ["waiting", "waiting"]]));
+
+const HINT = "Point at a step, or walk along them with the arrow keys, to see what it did.";
+
+/** Show a view. */
+export function show(next) {
+  if (frozen) return;
+  view = next;
+  draw();
+}
+
+/** Say what will appear here, and why it does not yet. */
+export function empty(text) {
+  view = null;
+  $("tiles").replaceChildren(el("p", { class: "tile nothing", text }));
+}
+
+function draw() {
+  if (!view || $("live").hidden) return;
+  const { rates, kv, facts } = view, used = facts.numBlocks ? kv.used / facts.numBlocks : null;
+  tiles([
+    ["running", count(view.numRunning), facts.maxNumSeqs && `of ${count(facts.maxNumSeqs)}`],
+    ["waiting", count(view.numWaiting)],
+    ["prefill", rate(rates.prefill), "tokens/s"],
+    ["decode", rate(rates.decode), "tokens/s"],
+    ["KV in use", percent(used)],
+    ["prefix hits", percent(rates.hit)],
+    ["to first token, p50", duration(rates.ttft[0]), `p99 ${duration(rates.ttft[1])}`],
+    ["between tokens, p50", duration(rates.itl[0]), `p99 ${duration(rates.itl[1])}`],
+  ]);
+  readStep();
+  const known = map.draw(kv, facts.numBlocks), named = name => (kv.states || name === "free" ? name : "in use");
+  $("blocks-legend").replaceChildren(...legend(known.map(([name, number]) => [name, `${named(name)} ${count(number)}`])));
+  $("blocks").setAttribute("aria-label", `KV block map: ${known.map(([name, number]) => `${count(number)} ${named(name)}`).join(", ")}`);
+  if (!$("blocks").matches(":hover")) readBlocks("");
+  $("queue-count").textContent = view.numWaiting ? count(view.numWaiting) : "";
+  $("running-count").textContent = view.numRunning ? count(view.numRunning) : "";
+  table($("queue"), ["Request", "Why it waits", "Waited"], view.waiting.map(each =>
+    [link(each), each.reason, el("span", { text: duration(each.waited) })]),
+  "Nobody waits. A request that cannot start at once is listed here with its reason.");
+  table($("running"), ["Request", "Computed", "Tokens"], view.running.map(each => [link(each),
+    el("meter", { min: 0, max: each.tokens, value: each.computed, title: `${count(each.computed)} of ${count(each.tokens)} tokens computed` }), count(each.tokens)]),
+  "Nothing runs. Send something from the playground and watch it here.");
+}
+
+function tiles(entries) {
+  const box = $("tiles");
+  if (box.children.length !== entries.length) {
+    box.replaceChildren(...entries.map(([name]) => el("div", { class: "tile" }, el("b"), el("span", { text: name }))));
+  }
+  entries.forEach(([, value, note], i) => box.children[i].firstChild.replaceChildren(value, note ? el("small", { text: ` ${note}` }) : ""));
+}
+
+const link = ({ id, choice }) => el("a", { class: "id", href: `#requests/${encodeURIComponent(id)}`, text: choice ? `${id} · ${choice + 1}` : id });
+
+const MAX_ROWS = 200;
+
+function table(box, head, rows, nothing) {
+  if (!rows.length) {
+    if (box.firstChild?.className !== "nothing") box.replaceChildren(el("p", { class: "nothing", text: nothing }));
+    return;
+  }
+  const focused = box.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+  const cell = (tag, content, i) => el(tag, { class: i === head.length - 1 ? "number" : "" }, content);
+  box.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, ...head.map((text, i) => cell("th", text, i)))),
+    el("tbody", {}, ...rows.slice(0, MAX_ROWS).map(row => el("tr", {}, ...row.map((content, i) => cell("td", content, i)))))),
+  rows.length > MAX_ROWS ? el("p", { class: "nothing", text: `and ${count(rows.length - MAX_ROWS)} more` }) : "");
+  if (focused) [...box.querySelectorAll("a")].find(each => each.getAttribute("href") === focused)?.focus();
+}
+
+function readStep() {
+  const step = timeline.draw(view, Number($("window").value));
+  const parts = step && [`Step ${count(step.step)}`, duration(step.end - step.start), `${count(step.numSeqs)} sequences`,
+    `${count(step.prefill)} prefill and ${count(step.decode)} decode tokens`, `${count(step.waiting)} waiting`,
+    step.execute && `scheduled in ${duration(step.execute - step.start)}, ran ${duration(step.update - step.execute)}, told in ${duration(step.end - step.update)}`,
+    step.failed && `failed: ${step.failed}`];
+  const text = parts ? parts.filter(Boolean).join(" · ") : HINT;
+  if ($("step-readout").textContent !== text) $("step-readout").textContent = text;
+}
+
+function readBlocks(at) {
+  const { facts, kv } = view, text = at || `${count(facts.numBlocks)} blocks of ${count(facts.blockSize)} tokens.${kv.states ? "" : " Counted only: which is where was not recorded here."}`;
+  $("blocks-readout").textContent = text;
+}
+
+$("timeline").addEventListener("pointermove", event => {
+  if (!view) return;
+  timeline.selectAt(event.clientX);
+  readStep();
+});
+$("timeline").addEventListener("pointerleave", () => {
+  timeline.selected = null;
+  if (view) readStep();
+});
+$("timeline").addEventListener("keydown", event => {
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!view || (!by && event.key !== "Escape")) return;
+  event.preventDefault();
+  if (by) timeline.move(by);
+  else timeline.selected = null;
+  readStep();
+});
+$("blocks").addEventListener("pointermove", event => view && readBlocks(map.at(event.clientX, event.clientY)));
+$("blocks").addEventListener("pointerleave", () => view && readBlocks(""));
+$("freeze").addEventListener("click", () => {
+  frozen = !frozen;
+  $("freeze").setAttribute("aria-pressed", frozen);
+});
+$("window").addEventListener("change", draw);
+new ResizeObserver(draw).observe($("live"));
+onScheme(draw);
