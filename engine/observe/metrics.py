@@ -220,7 +220,9 @@ def _percentiles(parts: Sequence[npt.NDArray[np.float64]]) -> dict[str, float] |
     if len(values) == 0:
         return None
     names = ("p50", "p90", "p99")
-    return {name: round(value, 6) for name, value in zip(names, np.percentile(values, (50, 90, 99)).tolist(), strict=True)}
+    return {
+        name: round(value, 6) for name, value in zip(names, np.percentile(values, (50, 90, 99)).tolist(), strict=True)
+    }
 
 
 def _engine_series(prefix: str, max_model_len: int) -> dict[str, Series]:
