@@ -161,7 +161,9 @@ class EngineCore:
         except Exception as error:
             self._num_failed_steps += 1
             if self._num_failed_steps >= MAX_FAILED_STEPS:
-                raise EngineDeadError(f"{MAX_FAILED_STEPS} steps failed in a row, last with {error!r}") from error
+                message = f"{MAX_FAILED_STEPS} steps failed in a row, last with {error!r}"
+                self.scheduler.fail(work, message)  # for its events: they are the last that will be known
+                raise EngineDeadError(message) from error
             return untold + self.scheduler.fail(work, f"the step that ran this request failed: {error!r}")
         except BaseException:
             # Ctrl-C in the middle of a step: what it wrote is unknown, but the engine can go on with other requests.

@@ -133,6 +133,7 @@ class EngineLoop:
                     self._outputs += core.step()
                 self._tell()
         except EngineDeadError as error:
+            self._tell()  # the events of the last step
             self._outbox.send(Died(str(error)))
             raise
         except Exception as error:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from octavo.engine.errors import ConfigError
+from octavo.engine.core import MAX_FAILED_STEPS
+from octavo.engine.errors import ConfigError, EngineDeadError
 from octavo.engine.events import BlockState, KVSnapshot, RequestEvent, StepEvent
 from octavo.engine.observe import recording
 from octavo.engine.observe.crash import write_bundle
@@ -23,6 +24,7 @@ from octavo.engine.observe.live import LiveFeed
 from octavo.engine.observe.metrics import Metrics
 from octavo.engine.observe.ring import EventRing
 from octavo.engine.observe.trace import chrome_trace
+from octavo.engine.runner.fake_runner import FakeRunner
 from octavo.engine.sampling_params import SamplingParams
 
 from .runs import MAX_MODEL_LEN, NUM_BLOCKS, Run, busy_run, make_core
@@ -302,6 +304,24 @@ def test_a_full_disk_is_no_second_crash(
     assert len(caplog.records) == 1
     assert write_bundle(tmp_path / "not there", ring, FACTS, "gone") is None
     assert write_bundle(tmp_path, ring, FACTS, "gone") is not None
+
+
+def test_the_last_step_of_an_engine_is_told() -> None:
+    ring = EventRing()
+    core = make_core(ring)
+    assert isinstance(core.runner, FakeRunner)
+    for i in range(MAX_FAILED_STEPS):
+        core.add_request(f"r{i}", [1, 2], SamplingParams(max_tokens=3))
+        core.runner.fail_next = "before"
+        if i < MAX_FAILED_STEPS - 1:
+            core.step()
+    with pytest.raises(EngineDeadError):
+        core.step()
+    assert [bool(event.failed) for event in ring.steps] == [True] * MAX_FAILED_STEPS
+    assert [len(event.sampled) for event in ring.steps] == [0] * MAX_FAILED_STEPS
+    explanation = explain(ring, f"r{MAX_FAILED_STEPS - 1}")
+    assert explanation is not None
+    assert explanation["choices"][0]["finish_reason"] == "error"
 
 
 def test_many_pictures_are_bounded() -> None:
