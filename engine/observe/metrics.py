@@ -54,7 +54,7 @@ class Metrics:
         num_blocks: of the KV pool.
         max_model_len: sizes the buckets of token counts.
         prefix: of every engine metric; "vllm:" makes dashboards for vLLM work.
-        clock: when something reached the user; None: when it happened, for runs that are over.
+        clock: when tokens and ends reach the user: now, as they come in; None: when they happened, for runs that are over.
 
     Raises:
         ConfigError: the prefix cannot begin a metric's name.
@@ -120,7 +120,8 @@ class Metrics:
 
     def on_request(self, event: RequestEvent) -> None:
         """Take what happened to a sequence."""
-        now_s = event.time_s if self._clock is None else self._clock()
+        # Events come with the news of the next step: of them only an end is as late to the user as it is here.
+        now_s = self._clock() if self._clock is not None and event.kind == EventKind.FINISHED else event.time_s
         progress = self._times.on_request(event, now_s)
         if progress is None:
             return
