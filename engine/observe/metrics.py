@@ -54,7 +54,7 @@ class Metrics:
         num_blocks: of the KV pool.
         max_model_len: sizes the buckets of token counts.
         prefix: of every engine metric; "vllm:" makes dashboards for vLLM work.
-        clock: when tokens and ends reach the user: now, as they come in; None: when they happened, for runs that are over.
+        clock: when tokens and ends reach the user, as they come in; None: when they happened, for runs that are over.
 
     Raises:
         ConfigError: the prefix cannot begin a metric's name.
