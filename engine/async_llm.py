@@ -73,13 +73,16 @@ class Health:
 class _Stream:
     """One request, as its reader sees it."""
 
-    __slots__ = ("error", "is_told_all", "num_unread", "output", "waiter")
+    __slots__ = ("error", "has_news", "is_told_all", "last_batch", "num_missed", "output", "waiter")
 
     def __init__(self, output: RequestOutput, is_told_all: bool) -> None:
         self.output = output
         self.is_told_all = is_told_all
         """Whether the reader wants every token, or only the end."""
-        self.num_unread = 0
+        self.has_news = False
+        self.num_missed = 0
+        """Times that news came since the reader last took some."""
+        self.last_batch = -1
         self.error: Exception | None = None
         self.waiter: asyncio.Future[None] | None = None
 
@@ -118,6 +121,9 @@ class AsyncLLM:
         self._leaving: dict[str, list[asyncio.Future[None]]] = {}
         """Requests that the engine was told to abort and may still hold; who waits for it to say that it does not."""
         self._calls: dict[int, asyncio.Future[KVSnapshot | None]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._batch = 0
+        self._batch_is_open = False
         self._num_requests = 0
         self._num_calls = 0
         self._dead: str | None = None
@@ -149,7 +155,7 @@ class AsyncLLM:
             in_process: run the engine on a thread instead of in a process of its own.
             on_phase, on_weights: see `start_engine`; called on the event loop.
             chat_template: Jinja source to use in place of the model's.
-            max_unread: a reader that leaves more news unread than this is ended.
+            max_unread: a reader that is busy elsewhere while news come more often than this is ended.
             crash_folder: where to leave a bundle of metadata (`observe.crash`) should the engine die; None: nowhere.
             engine_factory: "module:function" to start the engine with, called as `start_engine` is: for tests and
                 benchmarks, which run engines without a model.
@@ -274,13 +280,14 @@ class AsyncLLM:
             engine_streams = stream or self._texts.needs_every_token(params)
             self._link.send(AddRequest(request_id, token_ids, *packed_params(params), engine_streams, cache_domain))
             while True:
-                if reader.num_unread == 0:
+                if not reader.has_news:
                     if reader.error is not None:
                         raise reader.error
                     reader.waiter = self._new_future()
                     await reader.waiter
                     continue
-                reader.num_unread = 0
+                reader.has_news = False
+                reader.num_missed = 0
                 # It may grow while the reader is away: only what was complete when it was told ends the stream.
                 finished = reader.output.finished
                 yield reader.output
@@ -385,11 +392,11 @@ class AsyncLLM:
         await gone
 
     def _new_future(self) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().create_future()
+        return self._loop.create_future()
 
     async def _on_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         self._check_alive()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+        return await self._loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
     def _need_tokenizer(self, param: str) -> None:
         if self._tokenizer is None:
@@ -428,7 +435,15 @@ class AsyncLLM:
             case _:
                 raise AssertionError(f"a running engine sends {type(message).__name__}")
 
+    def _close_batch(self) -> None:
+        self._batch += 1
+        self._batch_is_open = False
+
     def _on_news(self, news: News) -> None:
+        if not self._batch_is_open:
+            # All that comes before readers get their turn counts once: a busy event loop is not a slow reader.
+            self._batch_is_open = True
+            self._loop.call_soon(self._close_batch)
         for refusal in news.refusals:
             refused = self._streams.get(refusal.request_id)
             if refused is not None:
@@ -439,9 +454,12 @@ class AsyncLLM:
         for output in changed:
             reader = self._streams[output.request_id]
             if reader.is_told_all or output.finished:
-                reader.num_unread += 1
-                if reader.num_unread > self._max_unread:
-                    self._cut_off(reader)
+                reader.has_news = True
+                if reader.last_batch != self._batch:
+                    reader.last_batch = self._batch
+                    reader.num_missed += 1
+                    if reader.num_missed > self._max_unread:
+                        self._cut_off(reader)
                 reader.tell()
         for request_id in news.aborted:
             for gone in self._leaving.pop(request_id, ()):
