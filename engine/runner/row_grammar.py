@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from os import cpu_count
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,7 @@ class RowGrammar:
         state: GrammarState,
         *,
         vocab_size: int,
-        stops: npt.NDArray[np.int64],
+        stops: npt.NDArray[np.integer[Any]],
         stops_from: int,
         allowed: Int32Array | None,
     ) -> None:

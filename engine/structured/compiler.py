@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import numpy as np
 
 from ..errors import RequestError
+from ..json_schema import json_rule, unknown_keyword
 from .grammar import CompiledGrammar
-from .schema import unknown_keyword
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -32,9 +32,6 @@ MAX_COMPILE_S = 10.0
 MAX_CACHED = 16
 MAX_LEXER_STATES = 50_000
 """Of up to 2 kB each."""
-
-_WHITESPACE = " |\n {0,24}"
-"""Between the parts of JSON: none, a space, or a new line with its indent. Without a bound a weak model stays in it."""
 
 # Forced text would be cut into the tokenizer's own tokens, without a limit of fuel: a pattern like a{100000000} took
 # 0.9 s in one step. Without it no step was seen to take more than 10 ms.
@@ -177,7 +174,7 @@ def _to_lark(wanted: Mapping[str, Any]) -> str:
         schema = value if kind == "json" else {"type": "object"}
         if keyword := unknown_keyword(schema):
             _refuse(f"has a schema with {keyword[:200]!a}, which is not supported; leave it out")
-        rule = "%json " + json.dumps(schema | {"x-guidance": {"whitespace_pattern": _WHITESPACE}}, ensure_ascii=False)
+        rule = json_rule(schema)
     return f"{_OPTIONS}\nstart: {rule}\n"
 
 

@@ -7,6 +7,7 @@ Where they stand is then known exactly, so that the tokenizer can encode them as
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +17,18 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError
 
 from ..errors import CheckpointError, RequestError
+from ..strict_json import parse_json
 from .template_sandbox import BoundedEnvironment, TemplateLimits, TemplateRefusalError
 from .tokenizer import Tokenizer
+from .tool_calls import CLOSE, OPEN, ToolFormat
+from .tools import check_tools, detect_tool_format, tool_preamble
 
 __all__ = ["ChatTemplate", "RenderedPrompt"]
 
 _MAX_MESSAGES = 1024
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_MESSAGE_KEYS = frozenset(("role", "content", "name", "reasoning_content"))
+_MESSAGE_KEYS = frozenset(("role", "content", "name", "reasoning_content", "tool_call_id", "tool_calls"))
+_MAX_CALLS = 128
 _TEMPLATE_KWARGS: Mapping[str, type] = {"enable_thinking": bool}
 _TEMPLATE_FAULTS = (
     *(TemplateError, ArithmeticError, AttributeError, LookupError),
@@ -46,6 +51,7 @@ class ChatTemplate:
         tokenizer: whose control tokens and names (bos_token, ...) the template uses.
         source: the operator's template; None: the tokenizer's own.
         limits: time and size of one render.
+        tool_format: how the model spells calls; None: found out from the template.
         now: today, for templates that print it.
         clock: monotonic seconds, for the time limit.
 
@@ -59,6 +65,7 @@ class ChatTemplate:
         source: str | None = None,
         *,
         limits: TemplateLimits | None = None,
+        tool_format: ToolFormat | None = None,
         now: Callable[[], datetime] = datetime.now,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,6 +83,9 @@ class ChatTemplate:
             # Besides TemplateError, Python's own compiler gives up on what is nested too deeply.
             raise CheckpointError("chat template", f"does not compile: {str(error)[:500]}") from error
         self._guard = _Guard(tokenizer)
+        self.tool_format: ToolFormat = tool_format or detect_tool_format(source)
+        self.renders_tools = re.search(r"\btools\b", source) is not None
+        """Else tools are described in a system message, and calls and their results are messages' text."""
 
     def render(
         self,
@@ -88,44 +98,56 @@ class ChatTemplate:
         """Render messages to a prompt.
 
         Args:
-            messages: 1 to 1024 of {"role", "content", "name", "reasoning_content"}; content is a string or a list of
-                {"type": "text", "text": ...}, which are joined by newlines.
+            messages: 1 to 1024 of {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"};
+                content is a string or a list of {"type": "text", "text": ...}, which are joined by newlines.
             add_generation_prompt: end with the opening of the assistant's turn.
-            tools: only None.
+            tools: what the model may call; see `check_tools`. None: nothing.
             chat_template_kwargs: `enable_thinking` and no others.
 
         Raises:
             RequestError: the messages are not valid, or the template refuses them or exceeds its limits.
         """
-        if tools is not None:
-            raise RequestError("tools are not supported; leave the field out", "tools")
+        checked_tools = None if tools is None else check_tools(tools)
         extra = _check_kwargs(chat_template_kwargs or {})
         checked = _check_messages(messages)
+        if not self.renders_tools:
+            checked = _as_text(checked, checked_tools)
+            checked_tools = None
         variables = {
             **self._tokenizer.named_tokens,
             **extra,
-            "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        prompt = self._render(checked, variables, self._guard.hide)
+        prompt = self._render(checked, checked_tools, variables, self._guard.hide)
         if any(self._guard.touches(text) for message in checked for text in _contents(message)):
             # Guarded borders give the same text, unless the template looks at them: then its own view counts.
-            guarded = self._render(checked, variables, self._guard.hide_borders)
+            guarded = self._render(checked, checked_tools, variables, self._guard.hide_borders)
             if guarded.text == prompt.text:
                 return guarded
         return prompt
 
     def _render(
-        self, messages: list[dict[str, str]], variables: dict[str, Any], hide: Callable[[str, list[str]], str]
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+        hide: Callable[[str, list[str]], str],
     ) -> RenderedPrompt:
         hidden: list[str] = []
-        shown = [
-            {key: value if key == "role" else hide(value, hidden) for key, value in message.items()}
-            for message in messages
-        ]
+
+        def shown(key: str, value: Any) -> Any:
+            if key == "role":
+                return value
+            # What stands inside of JSON has quotes around it, so nothing beside it can complete a token.
+            return hide(value, hidden) if isinstance(value, str) else _hide_within(value, hidden, self._guard.hide)
+
+        variables = variables | {
+            "messages": [{key: shown(key, value) for key, value in message.items()} for message in messages],
+            "tools": _hide_within(tools, hidden, self._guard.hide),
+        }
         try:
-            text = self._environment.render_bounded(self._template, variables | {"messages": shown})
+            text = self._environment.render_bounded(self._template, variables)
         except TemplateRefusalError as error:
             raise RequestError(f"the chat template refuses the messages: {error}", "messages") from None
         except _TEMPLATE_FAULTS as error:
@@ -151,8 +173,19 @@ class ChatTemplate:
         return self._tokenizer.encode(prompt.text, add_bos=False, plain_spans=prompt.plain_spans)
 
 
-def _contents(message: Mapping[str, str]) -> list[str]:
-    return [value for key, value in message.items() if key != "role"]
+def _contents(message: Mapping[str, Any]) -> list[str]:
+    return [value for key, value in message.items() if key != "role" and isinstance(value, str)]
+
+
+def _hide_within(value: Any, hidden: list[str], hide: Callable[[str, list[str]], str]) -> Any:
+    """Return a copy of a JSON value, of bounded depth, with every string and key in it hidden."""
+    if isinstance(value, str):
+        return hide(value, hidden)
+    if isinstance(value, dict):
+        return {hide(key, hidden): _hide_within(item, hidden, hide) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hide_within(item, hidden, hide) for item in value]
+    return value
 
 
 class _Guard:
@@ -238,8 +271,30 @@ def _check_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(kwargs)
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return plain copies, so that a template sees strings only."""
+def _as_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Return messages for a template that knows no tools: they, calls and results are text, in the way of Hermes."""
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        bare = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
+        texts = [bare["content"]] if bare["content"] else []
+        for call in calls:
+            function = {name: call["function"][name] for name in ("name", "arguments")}
+            texts.append(f"{OPEN}\n{json.dumps(function, ensure_ascii=False)}\n{CLOSE}")
+        if bare["role"] == "tool":
+            bare["role"], texts = "user", [f"<tool_response>\n{bare['content']}\n</tool_response>"]
+        told.append(bare | {"content": "\n".join(texts)})
+    if tools is not None:
+        preamble = tool_preamble(tools)
+        if told[0]["role"] in ("system", "developer"):
+            told[0] = told[0] | {"content": f"{told[0]['content']}\n\n{preamble}"}
+        else:
+            told.insert(0, {"role": "system", "content": preamble})
+    return told
+
+
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return plain copies, so that a template sees strings and JSON only."""
     if not isinstance(messages, list | tuple):
         raise RequestError("messages is not a list", "messages")
     if not 1 <= len(messages) <= _MAX_MESSAGES:
@@ -247,7 +302,7 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str
     return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _check_message(message: Any, where: str) -> dict[str, str]:
+def _check_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} is not an object", where)
     for key in message:
@@ -256,11 +311,56 @@ def _check_message(message: Any, where: str) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise RequestError(f"{where}.role is {str(role)[:80]!r}; allowed: {', '.join(_ROLES)}", f"{where}.role")
-    checked = {"role": role, "content": _check_content(message.get("content"), f"{where}.content")}
-    for key in ("name", "reasoning_content"):
+    calls = message.get("tool_calls")
+    if calls is not None and role != "assistant":
+        raise RequestError(
+            f"{where}.tool_calls is given for a {role}; allowed: for an assistant", f"{where}.tool_calls"
+        )
+    content = message.get("content")
+    checked: dict[str, Any] = {"role": role}
+    # An assistant that calls need not say anything.
+    checked["content"] = "" if content is None and calls else _check_content(content, f"{where}.content")
+    for key in ("name", "reasoning_content", "tool_call_id"):
         if message.get(key) is not None:
             checked[key] = _check_string(message[key], f"{where}.{key}")
+    if calls:
+        checked["tool_calls"] = _check_calls(calls, f"{where}.tool_calls")
     return checked
+
+
+def _check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return the calls of an assistant with their arguments as objects: templates write them out as JSON."""
+    if not isinstance(calls, list | tuple) or len(calls) > _MAX_CALLS:
+        raise RequestError(f"{where} is not a list of at most {_MAX_CALLS} calls", where)
+    checked: list[dict[str, Any]] = []
+    for index, call in enumerate(calls):
+        place = f"{where}[{index}]"
+        if not isinstance(call, Mapping) or not call.keys() <= {"id", "type", "function", "index"}:
+            raise RequestError(f'{place} is not {{"id": ..., "type": "function", "function": ...}}', place)
+        function = call.get("function")
+        if call.get("type", "function") != "function" or not isinstance(function, Mapping):
+            raise RequestError(f"{place} is no call of a function", place)
+        if not function.keys() <= {"name", "arguments"}:
+            raise RequestError(f"{place}.function has more than name and arguments", f"{place}.function")
+        name = _check_string(function.get("name"), f"{place}.function.name")
+        arguments = _check_arguments(function.get("arguments"), f"{place}.function.arguments")
+        checked.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+        if call.get("id") is not None:
+            checked[-1]["id"] = _check_string(call["id"], f"{place}.id")
+    return checked
+
+
+def _check_arguments(arguments: Any, where: str) -> dict[str, Any]:
+    try:
+        value = parse_json(arguments) if isinstance(arguments, str) else arguments
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        value = parse_json(text)
+    except (ValueError, TypeError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} is not the text of a JSON object", where)
+    return value
 
 
 def _check_content(content: Any, where: str) -> str:

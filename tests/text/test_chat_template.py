@@ -196,7 +196,7 @@ def test_the_date_is_injected(smollm: Tokenizer) -> None:
             "messages[1].content",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "messages[0].content[0].text"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0]"),
+        ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0].tool_calls"),
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name"),
     ],
 )
@@ -219,7 +219,7 @@ def test_other_template_arguments_are_refused(kwargs: Any, smollm: Tokenizer) ->
     assert caught.value.param == "chat_template_kwargs"
 
 
-def test_tools_are_refused(smollm: Tokenizer) -> None:
+def test_an_empty_list_of_tools_is_refused(smollm: Tokenizer) -> None:
     with pytest.raises(RequestError, match="tools"):
         ChatTemplate(smollm).render(CHATS[0], tools=[])
 

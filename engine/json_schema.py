@@ -1,4 +1,4 @@
-"""This module holds which keywords of a JSON schema are honoured. It does not know how a schema becomes a grammar.
+"""This module holds which JSON schemas are honoured, and how JSON is spaced. It does not know grammars.
 
 The grammar's compiler refuses keywords that it knows and does not implement, and says nothing of those it does not
 know. Here they are refused, too: a misspelt `requried` would otherwise go unnoticed.
@@ -6,10 +6,14 @@ know. Here they are refused, too: a misspelt `requried` would otherwise go unnot
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["unknown_keyword"]
+__all__ = ["json_rule", "unknown_keyword"]
+
+_WHITESPACE = " |\n {0,24}"
+"""Between the parts of JSON: nothing, a space, a new line with its indent. Without a bound a weak model stays in it."""
 
 _SCHEMAS = frozenset(("additionalItems", "additionalProperties", "items"))
 _LISTS = frozenset(("allOf", "anyOf", "items", "oneOf", "prefixItems"))
@@ -48,6 +52,11 @@ def unknown_keyword(schema: Mapping[str, Any], path: str = "") -> str | None:
         if found is not None:
             return found
     return None
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Return what stands for JSON that follows the schema in a rule of a grammar."""
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}, ensure_ascii=False)
 
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
