@@ -247,6 +247,7 @@ class AsyncLLM:
         stream: bool = True,
         default_max_tokens: int | None = None,
         cache_domain: str = "",
+        arrived_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate for one prompt.
 
@@ -258,6 +259,7 @@ class AsyncLLM:
             stream: say something whenever there are new tokens, instead of at the end only.
             default_max_tokens: where `params` has no `max_tokens`; None: the context left.
             cache_domain: whom the request comes from: prefix blocks never cross domains.
+            arrived_s: when it did, by `time.monotonic`; None: now. Metrics and explanations count from there.
 
         Yields:
             The same growing answer each time. News that came while the reader was busy count as one. Closing the
@@ -278,7 +280,9 @@ class AsyncLLM:
         self._streams[request_id] = reader
         try:
             engine_streams = stream or self._texts.needs_every_token(params)
-            self._link.send(AddRequest(request_id, token_ids, *packed_params(params), engine_streams, cache_domain))
+            arrived_s = time.monotonic() if arrived_s is None else arrived_s
+            packed = packed_params(params)
+            self._link.send(AddRequest(request_id, token_ids, *packed, engine_streams, cache_domain, arrived_s))
             while True:
                 if not reader.has_news:
                     if reader.error is not None:

@@ -78,6 +78,7 @@ class EngineCore:
         stream: bool = False,
         cache_domain: str = "",
         grammar: Grammar | None = None,
+        arrived_s: float | None = None,
     ) -> None:
         """Queue a request: `params.n` sequences over one prompt.
 
@@ -88,6 +89,7 @@ class EngineCore:
             stream: report each token as it comes, instead of all at the end.
             cache_domain: whom the request comes from; prefix blocks never cross domains, whatever `params.cache_salt`.
             grammar: what `compile_grammar` returned for these parameters; None: compiled here if there is one.
+            arrived_s: when it reached the front, on the engine's clock; None: now. Waiting times count from there.
 
         Raises:
             RequestError: the request can never run, or its id is taken.
@@ -124,7 +126,8 @@ class EngineCore:
                     stream=stream,
                 )
                 for index in range(params.n)
-            ]
+            ],
+            arrived_s,
         )
 
     def abort(self, request_id: str) -> list[EngineOutput]:

@@ -55,8 +55,8 @@ class WaitReason(StrEnum):
     NO_BLOCKS = "no blocks free"
     PREFIX = "another request is computing the same prefix"
     BEHIND = "behind others in the queue"
-    NEXT_STEP = "until the next step"
-    """Nothing is in its way that is known: the engine was busy with a step, or has not looked yet."""
+    NEXT_STEP = "on its way into a step"
+    """Nothing is in its way: its text was encoded, it was sent to the engine, a step was running."""
 
 
 class RequestEvent(NamedTuple):

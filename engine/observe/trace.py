@@ -18,6 +18,8 @@ from .ring import EventRing
 __all__ = ["chrome_trace"]
 
 ENGINE, ROWS, QUEUE = 1, 2, 3
+STEPS, HEAD, WAITS, FIRST_ROW = 1, 2, 3, 10
+"""Threads: numbers of their own over all processes, and none of them 0, which viewers take for an idle CPU."""
 Json = dict[str, Any]
 
 
@@ -70,7 +72,8 @@ def _names(rows: list[int]) -> Iterator[Json]:
     for pid, name in ((ENGINE, "engine"), (ROWS, "rows"), (QUEUE, "queue")):
         yield {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}}
         yield {"ph": "M", "pid": pid, "name": "process_sort_index", "args": {"sort_index": pid}}
-    threads = [(ENGINE, 0, "steps"), (QUEUE, 0, "head of the queue"), *((ROWS, row, f"row {row}") for row in rows)]
+    threads = [(ENGINE, STEPS, "steps"), (QUEUE, HEAD, "head of the queue"), (QUEUE, WAITS, "everybody's waits")]
+    threads += [(ROWS, FIRST_ROW + row, f"row {row}") for row in rows]
     for pid, tid, name in threads:
         yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": name}}
         yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
@@ -87,10 +90,10 @@ def _steps(table: StepTable, clock: _Clock, num_blocks: int | None) -> Iterator[
         }
         if event.failed:
             args["failed"] = event.failed
-        yield clock.slice(ENGINE, 0, f"step {event.step}", event.start_s, event.end_s, **args)
+        yield clock.slice(ENGINE, STEPS, f"step {event.step}", event.start_s, event.end_s, **args)
         times = (event.start_s, event.execute_s, event.update_s, event.end_s)
         for name, start_s, end_s in zip(("schedule", "execute", "update"), times, times[1:], strict=False):
-            yield clock.slice(ENGINE, 0, name, start_s, end_s)
+            yield clock.slice(ENGINE, STEPS, name, start_s, end_s)
         counters: list[tuple[str, Json]] = [
             ("requests", {"running": len(event.rows), "waiting": event.num_waiting}),
             ("tokens in the step", {"prefill": args["prefill_tokens"], "decode": len(event.sampled)}),
@@ -99,15 +102,17 @@ def _steps(table: StepTable, clock: _Clock, num_blocks: int | None) -> Iterator[
         if num_blocks:
             counters.append(("KV usage %", {"used": round(100 * (1 - event.num_free_blocks / num_blocks), 3)}))
         for name, values in counters:
-            yield {"ph": "C", "pid": ENGINE, "tid": 0, "name": name, "ts": clock(event.end_s), "args": values}
+            yield {"ph": "C", "pid": ENGINE, "tid": STEPS, "name": name, "ts": clock(event.end_s), "args": values}
 
 
 def _residence(table: StepTable, life: Life, clock: _Clock) -> Iterator[Json]:
     """Yield each time a sequence had a row, and what it ran there."""
     for stay in life.stays:
-        runs, row = table.runs_of(stay), stay.admitted.row
+        runs, track = table.runs_of(stay), FIRST_ROW + stay.admitted.row
         name = life.request_id if life.choice == 0 else f"{life.request_id} [{life.choice}]"
-        yield clock.slice(ROWS, row, name, stay.admitted.time_s, _end_s(table, stay, runs, clock), **_facts(life, stay))
+        yield clock.slice(
+            ROWS, track, name, stay.admitted.time_s, _end_s(table, stay, runs, clock), **_facts(life, stay)
+        )
         # Chunks one by one, decoding from one chunk to the next as a whole: a slice a token would be millions.
         breaks = np.flatnonzero(runs.is_chunk[1:] | runs.is_chunk[:-1]) + 1
         if len(runs.places):
@@ -117,7 +122,7 @@ def _residence(table: StepTable, life: Life, clock: _Clock) -> Iterator[Json]:
                 what, counts = ("prefill", runs.num_tokens) if is_chunk else ("decode", runs.sampled)
                 name, first_step = f"{what} {int(counts[part].sum())}", int(first) + table.first_step
                 times = float(table.execute_s[first]), float(table.end_s[last])
-                yield clock.slice(ROWS, row, name, *times, first_step=first_step, num_steps=len(part))
+                yield clock.slice(ROWS, track, name, *times, first_step=first_step, num_steps=len(part))
 
 
 def _end_s(table: StepTable, stay: Stay, runs: Runs, clock: _Clock) -> float:
@@ -140,12 +145,12 @@ def _queue(queue: HeadWaits, known: list[Life], clock: _Clock) -> Iterator[Json]
     for wait in queue.waits:
         end_s = clock.end_s if wait.end_s is None else wait.end_s
         who = {"request_id": wait.event.request_id, "choice": wait.event.choice}
-        yield clock.slice(QUEUE, 0, wait.event.detail, wait.event.time_s, end_s, **who)
+        yield clock.slice(QUEUE, HEAD, wait.event.detail, wait.event.time_s, end_s, **who)
     number = 0
     for life in known:
         for pause in life.waits:
             number += 1
-            common = {"pid": QUEUE, "tid": 1, "cat": "queue", "id": number, "name": life.request_id}
+            common = {"pid": QUEUE, "tid": WAITS, "cat": "queue", "id": number, "name": life.request_id}
             end_s = clock.end_s if pause.end_s is None else pause.end_s
             yield common | {"ph": "b", "ts": clock(pause.start_s), "args": {"choice": life.choice}}
             yield common | {"ph": "e", "ts": clock(end_s)}

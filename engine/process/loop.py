@@ -198,6 +198,7 @@ class EngineLoop:
                 stream=message.stream,
                 cache_domain=message.cache_domain,
                 grammar=grammar,
+                arrived_s=message.arrived_s,
             )
         except RequestError as error:
             self._refuse(message, error)

@@ -78,6 +78,7 @@ class AddRequest(_Message):
     given: list[str]
     stream: bool
     cache_domain: str
+    arrived_s: float | None = None
 
 
 class Abort(_Message):

@@ -109,11 +109,12 @@ class Scheduler:
         self._num_prefill_tokens = 0
         self._num_output_tokens = 0
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
         """Queue the sequences of one request: all of them or none.
 
         Args:
             requests: of one `request_id`, with distinct indices.
+            arrived_s: when they did, where that was before now.
 
         Raises:
             RequestError: the id is in use, or one of them could never run.
@@ -130,6 +131,7 @@ class Scheduler:
                     param="max_tokens",
                 )
         now = self._clock()
+        now = now if arrived_s is None else min(arrived_s, now)
         for request in requests:
             if limits.policy == "fcfs":
                 request.priority = 0

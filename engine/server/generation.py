@@ -84,7 +84,7 @@ async def answer(context: Context, scope: Scope, receive: Receive, send: Send, w
                 if work.stream:
                     stream = EventStream(send, limits.ping_s, lambda: ticket.admitted)
                 outputs: list[Any] = [None] * len(ids)
-                async with aclosing(_outputs(context, work, ids, exchange.cache_domain)) as news:
+                async with aclosing(_outputs(context, work, ids, exchange)) as news:
                     opening = form.opening() if stream is not None else b""
                     async for prompt, output in news:
                         _check_outcome(output)
@@ -133,7 +133,7 @@ def _engine_ids(context: Context, work: Work) -> list[str]:
     return ids
 
 
-def _outputs(context: Context, work: Work, ids: Sequence[str], cache_domain: str) -> Outputs:
+def _outputs(context: Context, work: Work, ids: Sequence[str], exchange: Exchange) -> Outputs:
     generators = [
         context.llm.generate(
             prompt.token_ids,
@@ -142,7 +142,8 @@ def _outputs(context: Context, work: Work, ids: Sequence[str], cache_domain: str
             prompt=prompt.text,
             stream=work.stream,
             default_max_tokens=work.default_max_tokens,
-            cache_domain=cache_domain,
+            cache_domain=exchange.cache_domain,
+            arrived_s=exchange.started_s,
         )
         for engine_id, prompt in zip(ids, work.prompts, strict=True)
     ]

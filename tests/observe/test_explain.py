@@ -77,7 +77,7 @@ def test_it_works_while_the_request_waits_and_runs() -> None:
     first, second = (explain(ring, name)["choices"][0] for name in ("first", "second"))
     assert (first["state"], second["state"]) == ("running", "waiting")
     assert first["output_tokens"] == len(first["tokens"]["step"]) == 2
-    assert list(second["waits"][0]["reasons"]) == ["no row free", "until the next step"]
+    assert list(second["waits"][0]["reasons"]) == ["no row free", "on its way into a step"]
     assert second["queued_s"] > 0
     assert any("Is queued" in sentence for sentence in second["sentences"])
     assert explain(ring, "nobody") is None

@@ -234,6 +234,7 @@ def test_a_chrome_trace_is_well_formed(ring_and_run: tuple[EventRing, Run]) -> N
             assert event["dur"] >= 0
             tracks[event["pid"], event["tid"]].append((event["ts"], event["dur"], event["name"]))
         elif event["ph"] == "M" and event["name"] == "thread_name":
+            assert event["tid"] not in {tid for _, tid in named} | {0}
             named.add((event["pid"], event["tid"]))
         elif event["ph"] == "C":
             assert all(isinstance(value, (int, float)) for value in event["args"].values())
@@ -250,7 +251,7 @@ def test_a_chrome_trace_is_well_formed(ring_and_run: tuple[EventRing, Run]) -> N
             end = start + duration
             assert not open_until or end <= open_until[-1] + 1e-6, f"{name} sticks out on {pid}/{tid}"
             open_until.append(end)
-    steps = [each for each in tracks[1, 0] if each[2].startswith("step")]
+    steps = [each for each in tracks[1, 1] if each[2].startswith("step")]
     assert len(steps) == len(ring.steps)
     decoded = [name for (pid, _), slices in tracks.items() if pid == 2 for _, _, name in slices]
     num_decoded = sum(int(name.split()[1]) for name in decoded if name.startswith("decode "))

@@ -1,7 +1,7 @@
 // This module holds a run rebuilt from its events: what each sequence did, and what the engine looked like at any time.
 // It does not know files, HTTP or how anything is drawn.
 
-import { count, duration } from "./dom.js";
+import { count, duration, some } from "./dom.js";
 
 /** Seconds over which speeds are counted. */
 const RATE_S = 5;
@@ -87,7 +87,7 @@ export class Run {
     waiting.sort((a, b) => b.waited - a.waited);
     const used = last ? facts.numBlocks - last.free : 0, map = maps[upTo(maps, now, each => each.time) - 1];
     return {
-      now, origin: this.start, facts, steps, running, waiting, numRunning: running.length, numWaiting: waiting.length,
+      now, origin: this.start, end: this.end, facts, steps, running, waiting, numRunning: running.length, numWaiting: waiting.length,
       kv: { states: map?.states ?? null, used, at: map?.time }, rates: this.#rates(now, steps),
     };
   }
@@ -160,19 +160,19 @@ export class Run {
       found[this.queue[i].detail] = (found[this.queue[i].detail] ?? 0) + seconds;
       rest -= seconds;
     }
-    if (rest > 1e-9 || !Object.keys(found).length) found["until the next step"] = rest;
-    return found;
+    if (rest > 1e-9 || !Object.keys(found).length) found["on its way into a step"] = rest;
+    return Object.fromEntries(Object.entries(found).sort((a, b) => b[1] - a[1]));
   }
 }
 
 function sentences({ is_complete, prompt_tokens, max_tokens, waits, cached_tokens, chunks, preemptions, time_to_first_token_s, inter_token_s, state, seconds, output_tokens, finish_reason }) {
-  const tokens = n => `${count(n)} token${n === 1 ? "" : "s"}`, num = chunks.step.length;
+  const tokens = n => some(n, "token"), num = chunks.step.length;
   return [
     !is_complete && "Its beginning is not in the recording.",
     is_complete && `Arrived with ${tokens(prompt_tokens)}${max_tokens ? `, for at most ${count(max_tokens)} more` : ""}.`,
     waits[0] && `Was queued ${duration(waits[0].seconds)}: ${Object.entries(waits[0].reasons).map(([why, s], _, all) => (all.length > 1 ? `${duration(s)} ` : "") + why).join(", ")}.`,
     is_complete && cached_tokens != null && `Prefix hit: ${count(cached_tokens)} of ${tokens(prompt_tokens)}.`,
-    num && `Ran ${tokens(chunks.num_tokens.reduce((a, b) => a + b, 0))} in ${num} chunk${num === 1 ? "" : "s"}.`,
+    num && `Ran ${tokens(chunks.num_tokens.reduce((a, b) => a + b, 0))} in ${some(num, "chunk")}.`,
     ...preemptions.map(each => `Preempted in step ${count(each.step)}, giving up ${tokens(each.lost_tokens)}${each.recomputed_tokens == null ? "" : `, ${count(each.recomputed_tokens)} of them computed again`}.`),
     time_to_first_token_s != null && `First token ${duration(time_to_first_token_s)} after arrival.`,
     inter_token_s && `Then a token every ${duration(inter_token_s.p50)} (median; the slowest took ${duration(inter_token_s.max)}).`,
