@@ -10,8 +10,11 @@ import msgspec
 
 from ..errors import RequestError, describe
 from ..sampling_params import SamplingParams
-from ..step import CompletionOutput, RequestOutput
+from ..step import CompletionOutput, FinishReason, RequestOutput
+from ..text.tool_calls import CallDelta, TextDelta, ToolStream
+from ..text.tools import ToolSession
 from .body import read_object
+from .constraints import Constraints
 from .context import Context, EncodedPrompt, check_model, encode_messages
 from .exchange import Exchange, Receive, Scope, Send
 from .fields import CHAT, read_fields
@@ -38,6 +41,7 @@ class _Options:
 class _Delta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 class _ChunkChoice(msgspec.Struct):
@@ -63,10 +67,14 @@ class Chat:
         route = given.route
         check_model(context, route.get("model"))
         stream = check_streaming(route, given.sampling)
-        params, options = self._read(given.sampling, route)
+        constraints = Constraints(context.llm, route, given.sampling)
+        session = constraints.session
+        with constraints.named():
+            params, options = self._read(given.sampling, route)
         token_ids = await encode_messages(
             context.llm,
             route["messages"],
+            tools=None if session is None else session.tools,
             add_generation_prompt=route.get("add_generation_prompt", True),
             chat_template_kwargs=route.get("chat_template_kwargs"),
         )
@@ -77,7 +85,9 @@ class Chat:
             default_max_tokens=None,
             stream=stream,
         )
-        await answer(context, scope, receive, send, work, _ChatAnswer(context, work, options, self._texts))
+        form = _ChatAnswer(context, work, options, self._texts, session)
+        with constraints.named():
+            await answer(context, scope, receive, send, work, form)
 
     def _read(self, sampling: dict[str, Any], route: dict[str, Any]) -> tuple[SamplingParams, _Options]:
         """Return what goes to the sampler, and what is left for the answer's form."""
@@ -109,8 +119,11 @@ class Chat:
 class _ChatAnswer:
     """OpenAI's chat.completion objects and chunks."""
 
-    def __init__(self, context: Context, work: Work, options: _Options, texts: TokenTexts) -> None:
+    def __init__(
+        self, context: Context, work: Work, options: _Options, texts: TokenTexts, session: ToolSession | None
+    ) -> None:
         self._options = options
+        self._calls = [None if session is None else session.stream() for _ in range(work.params.n)]
         self._texts = texts
         self._head = answer_head(context, work.answer_id, "chat.completion")
         self._chunk_head = self._head | {"object": "chat.completion.chunk"}
@@ -137,24 +150,32 @@ class _ChatAnswer:
         return chunks
 
     def _news_of(self, choice: CompletionOutput, sent: Progress) -> bytes:
-        options, first, chunks = self._options, sent.num_tokens, b""
-        text = choice.text[sent.num_chars :]
+        options, first = self._options, sent.num_tokens
+        text, calls = choice.text[sent.num_chars :], self._calls[choice.index]
+        finished = choice.finish_reason is not None
+        if calls is None:
+            deltas = [_Delta(content=text)] if text else []
+        else:
+            pieces = calls.feed(text) + (calls.finish() if finished else [])
+            deltas = [
+                _Delta(content=piece.text) if isinstance(piece, TextDelta) else _Delta(tool_calls=[_call_piece(piece)])
+                for piece in pieces
+            ]
         tells_tokens = options.num_top is not None or options.return_token_ids
-        if text or (tells_tokens and len(choice.token_ids) > first):
-            chunk = _ChunkChoice(choice.index, _Delta(content=text), None, None)
-            if options.num_top is not None:
-                chunk.logprobs = self._logprobs(choice, first)
-            if options.return_token_ids:
-                chunk.token_ids = choice.token_ids[first:]
-            chunks = self._chunk(chunk)
-        if choice.finish_reason is not None:
+        if not deltas and tells_tokens and len(choice.token_ids) > first:
+            deltas = [_Delta(content="")]
+        chunks = [_ChunkChoice(choice.index, delta, None, None) for delta in deltas]
+        if chunks and options.num_top is not None:
+            chunks[0].logprobs = self._logprobs(choice, first)
+        if chunks and options.return_token_ids:
+            chunks[0].token_ids = choice.token_ids[first:]
+        if finished:
             sent.finished = True
-            chunks += self._chunk(
-                _ChunkChoice(choice.index, _Delta(), None, choice.finish_reason, stop_reason=choice.stop_reason)
-            )
+            reason = _finish_reason(choice, calls)
+            chunks.append(_ChunkChoice(choice.index, _Delta(), None, reason, stop_reason=choice.stop_reason))
         sent.num_chars = len(choice.text)
         sent.num_tokens = len(choice.token_ids)
-        return chunks
+        return b"".join(map(self._chunk, chunks))
 
     def closing(self, outputs: Sequence[RequestOutput]) -> bytes:
         """Return the usage, where it was asked for."""
@@ -178,11 +199,20 @@ class _ChatAnswer:
         return whole
 
     def _whole_choice(self, choice: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        calls = self._calls[choice.index]
+        if calls is not None:
+            pieces = calls.feed(choice.text) + calls.finish()
+            text = "".join(piece.text for piece in pieces if isinstance(piece, TextDelta))
+            if calls.num_calls:
+                message |= {"content": text or None, "tool_calls": _whole_calls(pieces)}
+            else:
+                message["content"] = text
         whole: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": None if self._options.num_top is None else self._logprobs(choice, 0),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": _finish_reason(choice, calls),
             "stop_reason": choice.stop_reason,
         }
         if self._options.return_token_ids:
@@ -195,3 +225,28 @@ class _ChatAnswer:
 
     def _chunk(self, choice: _ChunkChoice) -> bytes:
         return self._opening + _encode(choice) + self._ending
+
+
+def _finish_reason(choice: CompletionOutput, calls: ToolStream | None) -> str | None:
+    """Return OpenAI's reason: an answer that ended by itself and calls something waits for the results."""
+    called = calls is not None and calls.num_calls > 0
+    return "tool_calls" if called and choice.finish_reason is FinishReason.STOP else choice.finish_reason
+
+
+def _call_piece(piece: CallDelta) -> dict[str, Any]:
+    if piece.name is None:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.index, "id": piece.call_id, "type": "function", "function": function}
+
+
+def _whole_calls(pieces: Sequence[TextDelta | CallDelta]) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if isinstance(piece, TextDelta):
+            continue
+        if piece.name is not None:
+            function = {"name": piece.name, "arguments": ""}
+            calls.append({"id": piece.call_id, "type": "function", "function": function})
+        calls[piece.index]["function"]["arguments"] += piece.arguments
+    return calls

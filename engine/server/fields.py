@@ -6,6 +6,7 @@ the sampler, handled by the route, a label that changes nothing, or accepted onl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -79,7 +80,7 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _neutral_words(field: Field) -> str:
-    values = " or ".join(str(value).lower() if isinstance(value, bool) else repr(value) for value in field.neutral)
+    values = " or ".join(map(json.dumps, field.neutral))
     return f"{values}, or nothing: octavo does not have this" if values else "nothing: octavo does not have this"
 
 
@@ -129,50 +130,48 @@ _FLAG: Schema = {"type": "boolean"}
 _LABEL: Schema = {"type": "string", "maxLength": 512}
 _OBJECT: Schema = {"type": "object"}
 
-_SAMPLING: dict[str, Schema] = {
-    "n": _integer(1, 128),
-    "temperature": _number(0, 2),
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "top_k": _integer(-1, 2**31 - 1),
-    "min_p": _number(0, 1),
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 10},
-    "seed": _integer(0, 2**63 - 1),
-    "stop": {"anyOf": [_TEXT, _list(_TEXT, 0, 16)]},
-    "stop_token_ids": _list(_TOKEN_ID, 0, 256),
-    "include_stop_str_in_output": _FLAG,
-    "ignore_eos": _FLAG,
-    "min_tokens": _integer(0, 2**31 - 1),
-    "prompt_logprobs": _integer(0, 20),
-    "logit_bias": {
-        "type": "object",
-        "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
-        "additionalProperties": _number(-100, 100),
-        "maxProperties": 1024,
-    },
-    "allowed_token_ids": _list(_TOKEN_ID, 1, 1 << 20),
-    "bad_words": _list(_TEXT, 0, 256),
-    "skip_special_tokens": _FLAG,
-    "priority": _integer(-(2**31), 2**31 - 1),
-    "cache_salt": _TEXT,
-    "structured_outputs": _OBJECT,
+_SAMPLING: dict[str, tuple[str, Schema]] = {
+    "n": ("answers to one prompt", _integer(1, 128)),
+    "temperature": ("divides the logits", _number(0, 2)),
+    "top_p": ("keep the likeliest tokens up to this mass", {"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
+    "top_k": ("keep so many likeliest tokens", _integer(-1, 2**31 - 1)),
+    "min_p": ("drop tokens less likely than this part of the likeliest", _number(0, 1)),
+    "presence_penalty": ("taken from tokens that were generated", _number(-2, 2)),
+    "frequency_penalty": ("taken from tokens for each time they were generated", _number(-2, 2)),
+    "repetition_penalty": (
+        "divides what was in prompt or output",
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 10},
+    ),
+    "seed": ("same seed, same tokens", _integer(0, 2**63 - 1)),
+    "stop": ("strings that end the output", {"anyOf": [_TEXT, _list(_TEXT, 0, 16)]}),
+    "stop_token_ids": ("token ids that end it", _list(_TOKEN_ID, 0, 256)),
+    "include_stop_str_in_output": ("keep what ended the output in the text", _FLAG),
+    "ignore_eos": ("go on after the end-of-sequence token", _FLAG),
+    "min_tokens": ("no end before so many tokens", _integer(0, 2**31 - 1)),
+    "prompt_logprobs": ("log-probabilities of the prompt, and of so many top tokens", _integer(0, 20)),
+    "logit_bias": (
+        "added to the logits of tokens",
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+            "additionalProperties": _number(-100, 100),
+            "maxProperties": 1024,
+        },
+    ),
+    "allowed_token_ids": ("sample nothing else", _list(_TOKEN_ID, 1, 1 << 20)),
+    "bad_words": ("words never to generate", _list(_TEXT, 0, 256)),
+    "skip_special_tokens": ("leave special tokens out of the text", _FLAG),
+    "priority": ("runs first, with `--policy priority`", _integer(-(2**31), 2**31 - 1)),
+    "cache_salt": ("share cached prefixes only with requests of the same salt", _TEXT),
+    "structured_outputs": ("what the output must look like", _OBJECT),
 }
-_EXTRAS = frozenset(
-    (
-        *("top_k", "min_p", "repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"),
-        *("min_tokens", "prompt_logprobs", "allowed_token_ids", "bad_words", "skip_special_tokens", "priority"),
-        *("cache_salt", "structured_outputs"),
-    )
-)
-"""Not OpenAI's: in the spelling of vLLM."""
+"""What the sampler's own table takes: what it does, and its JSON schema."""
 
 
 def _sampling_fields() -> list[Field]:
     return [
-        Field(name, "sampling", f"sampling: {RULES[name].allowed}", _nullable(schema))
-        for name, schema in _SAMPLING.items()
-        if name in RULES
+        Field(name, "sampling", f"{words}: {RULES[name].allowed}", _nullable(schema))
+        for name, (words, schema) in _SAMPLING.items()
     ]
 
 
@@ -181,7 +180,7 @@ def _label(name: str) -> Field:
 
 
 def _neutral(name: str, *neutral: Any, why: str = "octavo does not have this") -> Field:
-    words = " or ".join(str(value).lower() if isinstance(value, bool) else f"`{value!r}`" for value in neutral)
+    words = " or ".join(f"`{json.dumps(value)}`" for value in neutral)
     effect = f"refused, but for {words}: {why}" if neutral else f"refused: {why}"
     return Field(name, "neutral", effect, {"enum": [None, *neutral]}, neutral=neutral)
 
@@ -240,6 +239,18 @@ _MESSAGES_SCHEMA = _list(
 )
 _MESSAGES = Field("messages", "route", "the conversation", _MESSAGES_SCHEMA, required=True)
 _TOOLS = Field("tools", "route", "functions the model may call", _nullable(_list(_OBJECT, 0, 128)))
+_TOOL_CHOICE = Field(
+    "tool_choice",
+    "route",
+    "`none`, `auto`, `required` or one function; the last two make a valid call certain",
+    _nullable({"anyOf": [{"enum": ["none", "auto", "required"]}, _OBJECT]}),
+)
+_RESPONSE_FORMAT = Field(
+    "response_format",
+    "route",
+    "`text`, `json_object` or `json_schema`; always strict",
+    _nullable({"type": "object", "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}}}),
+)
 
 
 def _table(*fields: Field) -> dict[str, Field]:
@@ -267,6 +278,10 @@ CHAT: dict[str, Field] = _table(
     _count("top_logprobs", "those of so many top tokens, with `logprobs`", 0, 20, "an integer from 0 to 20"),
     *_STREAMING,
     *_sampling_fields(),
+    _TOOLS,
+    _TOOL_CHOICE,
+    _flag("parallel_tool_calls", "several calls in one answer; true"),
+    _RESPONSE_FORMAT,
     _GENERATION_PROMPT,
     _TEMPLATE_KWARGS,
     _label("user"),
@@ -293,6 +308,7 @@ TOKENIZE: dict[str, Field] = _table(
     Field("messages", "route", "or a conversation", _nullable(_MESSAGES_SCHEMA)),
     _flag("add_special_tokens", "add what the tokenizer puts around a text; true"),
     _flag("return_token_strs", "also the text of each token"),
+    _TOOLS,
     _GENERATION_PROMPT,
     _TEMPLATE_KWARGS,
 )

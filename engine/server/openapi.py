@@ -6,14 +6,16 @@ It is made from the tables that check requests, so it says what they do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .fields import CHAT, COMPLETIONS, Field
 from .routes import ROUTES, RouteSpec
+from .settings import Limits
 
-__all__ = ["DOCS_CSS", "docs_page", "field_table", "openapi_document"]
+__all__ = ["DOCS_CSS", "docs_page", "field_table", "limit_table", "openapi_document"]
 
 _ERRORS = {
     400: "The request is not valid; `param` names the field.",
@@ -88,11 +90,11 @@ def _operation(route: RouteSpec) -> dict[str, Any]:
     return operation
 
 
-def _body(fields: Mapping[str, Field]) -> dict[str, Any]:
+def _body(table: Mapping[str, Field]) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {field.name: dict(field.schema) | {"description": field.effect} for field in fields.values()},
-        "required": [field.name for field in fields.values() if field.required],
+        "properties": {field.name: dict(field.schema) | {"description": field.effect} for field in table.values()},
+        "required": [field.name for field in table.values() if field.required],
         "additionalProperties": False,
     }
 
@@ -131,3 +133,10 @@ def docs_page() -> str:
             )
             parts.append(f"<table><tr><th>field</th><th>what happens</th></tr>{rows}</table>")
     return "".join(parts) + "</body></html>"
+
+
+def limit_table() -> str:
+    """Return the README's table of all limits."""
+    lines = ["| limit | default | what |", "|---|---|---|"]
+    lines += [f"| `{each.name}` | {each.default:,} | {each.metadata['words']} |" for each in fields(Limits)]
+    return "\n".join(lines) + "\n"

@@ -16,6 +16,10 @@ __all__ = ["Limits", "ServerSettings", "is_loopback", "read_api_keys"]
 _ALLOWED_KEY_CHARS = frozenset(map(chr, range(0x21, 0x7F)))
 
 
+def _limit(default: Any, words: str) -> Any:
+    return field(default=default, metadata={"words": words})
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much one client, and all of them together, may take. Times are seconds.
@@ -24,32 +28,19 @@ class Limits:
         ConfigError: a value is not allowed.
     """
 
-    body_bytes: int = 4 << 20
-    """Of a request; a larger one is refused before it is read (413)."""
-    header_bytes: int = 16 << 10
-    """Of a request's line and headers (431)."""
-    headers: int = 100
-    """Of a request (431)."""
-    header_s: float = 10.0
-    """From the first byte of a request, or the connection's beginning, to the end of its headers."""
-    body_s: float = 30.0
-    """From the end of the headers to the end of the body (408); and for a client to take what was written to it."""
-    keep_alive_s: float = 5.0
-    """How long an idle connection is kept."""
-    queue_s: float = 60.0
-    """How long a request may wait for its turn (503)."""
-    request_s: float = 600.0
-    """How long a request may take in all (504)."""
-    ping_s: float = 15.0
-    """A stream that has nothing to say for so long sends a comment."""
-    unread_events: int = 256
-    """A client that leaves more of a stream unread is cut off."""
-    queue_requests: int = 1024
-    """Sequences that may wait together (429)."""
-    queue_tokens: int = 1 << 20
-    """Prompt tokens that may wait together (429)."""
-    output_tokens: int = 1 << 20
-    """Prompts times `n` times `max_tokens` of one request (400)."""
+    body_bytes: int = _limit(4 << 20, "of a request; a larger one is refused before it is read (413)")
+    header_bytes: int = _limit(16 << 10, "of a request's line and headers (431)")
+    headers: int = _limit(100, "of a request (431)")
+    header_s: float = _limit(10.0, "from the beginning of a request to the end of its headers (408)")
+    body_s: float = _limit(30.0, "from there to the end of the body (408); and for a client to take what is written")
+    keep_alive_s: float = _limit(5.0, "an idle connection is kept")
+    queue_s: float = _limit(60.0, "a request may wait for its turn (503)")
+    request_s: float = _limit(600.0, "a request may take in all (504)")
+    ping_s: float = _limit(15.0, "after which a stream that has nothing to say sends a comment")
+    unread_events: int = _limit(256, "that a client may leave unread before it is cut off")
+    queue_requests: int = _limit(1024, "sequences that may wait together (429)")
+    queue_tokens: int = _limit(1 << 20, "of prompts that may wait together (429)")
+    output_tokens: int = _limit(1 << 20, "of one request: prompts times `n` times `max_tokens` (400)")
 
     def __post_init__(self) -> None:
         for each in fields(self):

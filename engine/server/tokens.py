@@ -30,6 +30,7 @@ class Tokenize:
             raise RequestError("prompt and messages are both there, or neither; allowed: one of them", "prompt")
         for name, owner in (
             ("add_special_tokens", "prompt"),
+            ("tools", "messages"),
             ("add_generation_prompt", "messages"),
             ("chat_template_kwargs", "messages"),
         ):
@@ -43,6 +44,7 @@ class Tokenize:
             token_ids = await encode_messages(
                 context.llm,
                 route["messages"],
+                tools=route.get("tools") or None,
                 add_generation_prompt=route.get("add_generation_prompt", True),
                 chat_template_kwargs=route.get("chat_template_kwargs"),
             )

@@ -9,19 +9,32 @@ from pathlib import Path
 import pytest
 from octavo.engine.llm import LLM
 
-from ..checkpoints import make_tiny_llama
+from ..checkpoints import EOS, SECOND_EOS, VOCAB_SIZE, make_model, save_model, write_tokenizer
 from .serving import Running, serving
 
 TEMPLATE = (
     "{% for message in messages %}<bos>{{ message.role }}:{{ message.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
 )
-TINY_SETTINGS = {"invariant": True, "device": "cpu", "block_size": 16, "kv_cache_tokens": 2048, "max_num_seqs": 16}
+TINY_SETTINGS = {"invariant": True, "device": "cpu", "block_size": 16, "kv_cache_tokens": 16384, "max_num_seqs": 16}
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_llama(tmp_path_factory.mktemp("server") / "tiny")
+    model = make_model(
+        "Llama",
+        seed=5,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=60,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    folder = write_tokenizer(save_model(tmp_path_factory.mktemp("server") / "tiny", model, eos=[EOS, SECOND_EOS]))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return folder
 

@@ -1,4 +1,4 @@
-"""This module holds a server on a thread of the test's process, over an engine on another. It does not know any test."""
+"""This module holds a server on a thread of this process, over an engine on another. It does not know any test."""
 
 from __future__ import annotations
 

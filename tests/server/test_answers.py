@@ -142,9 +142,7 @@ def test_echo(tiny: Running, tiny_llm: LLM) -> None:
     scored = tiny.client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=0, temperature=0, logprobs=2, echo=True
     )
-    (alone,) = tiny_llm.generate(
-        PROMPT, SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2, logprobs=2)
-    )
+    (alone,) = tiny_llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2, logprobs=2))
     assert alone.prompt_logprobs is not None
     assert alone.outputs[0].logprobs is not None
     expected = [None, *(entry.logprob for entry in alone.prompt_logprobs[1:] if entry)]
