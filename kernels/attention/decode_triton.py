@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.checks import check_attention, check_positive, check_shape, check_side_by_side
+from ..common.checks import check_attention, check_draft_mask, check_positive, check_side_by_side
 from ..common.launch import Target, cdiv, next_power_of_2, target
 from .cascade_triton import attend_shared, shares_split
 from .combine_triton import combine_kernel, live_splits, merge_splits, store_rows
@@ -332,8 +332,7 @@ def paged_attention_decode(
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     group_size, num_seqs = num_q_heads // num_kv_heads, seq_lens.shape[0]
-    if draft_mask is not None:
-        check_shape("draft_mask", draft_mask, (num_tokens,))
+    check_draft_mask(draft_mask, num_tokens)
     check_side_by_side(cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table)
     check_side_by_side(sinks=sinks, draft_mask=draft_mask)
     if isinstance(plan, InvariantPlan):

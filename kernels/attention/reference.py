@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..common.checks import check_attention, check_shape
+from ..common.checks import check_attention, check_draft_mask
 from .gather import PagedPlan, attend, plan_blocks
 
 __all__ = ["MAX_DECODE_QUERY_LEN", "paged_attention_decode", "paged_attention_prefill"]
@@ -112,6 +112,8 @@ def _attend(
         column = sinks.to(scores.dtype).view(1, num_kv_heads, 1, group_size, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, column), dim=-1)
     lse = torch.logsumexp(scores, dim=-1) if return_lse else None
+    if sinks is not None:  # an infinite one would be NaN in a softmax; the largest number takes all weight, too
+        scores[..., -1].clamp_(max=torch.finfo(scores.dtype).max)
     weights = torch.softmax(scores, dim=-1)
     if sinks is not None:
         weights = weights[..., :-1]
@@ -255,8 +257,7 @@ def paged_attention_decode(
             )
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
-    if draft_mask is not None:
-        check_shape("draft_mask", draft_mask, (num_tokens,))
+    check_draft_mask(draft_mask, num_tokens)
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty_like(q) if out is None else out
     lse = q.new_empty((num_tokens, num_q_heads), dtype=dtype)

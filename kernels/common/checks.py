@@ -15,6 +15,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "check_attention",
     "check_choice",
+    "check_draft_mask",
     "check_dtype",
     "check_float",
     "check_index",
@@ -169,6 +170,13 @@ def check_attention(
         check_shape("sinks", sinks, (q.shape[1],))
     _check_scales(k_cache, k_scale, v_scale)
     check_out(out, q.shape, q)
+
+
+def check_draft_mask(draft_mask: Tensor | None, num_tokens: int) -> None:
+    """Raise ValueError unless `draft_mask` is None or a row of bits for every query token."""
+    if draft_mask is not None:
+        check_dtype("draft_mask", draft_mask, torch.int64)
+        check_shape("draft_mask", draft_mask, (num_tokens,))
 
 
 def check_write_kv(

@@ -24,7 +24,7 @@ class AllowedTokens(NamedTuple):
 
 
 class BannedTokens(NamedTuple):
-    """Tokens that one row must not sample; entries may repeat."""
+    """Tokens that one row must not sample; entries may repeat. As in all lists, an id that is none changes nothing."""
 
     rows: Tensor
     """[m] int64, positions in the batch."""
@@ -79,7 +79,7 @@ class SampleParams:
     top_k: Tensor | None = None
     """[n] int32; 0 is off."""
     top_p: Tensor | None = None
-    """[n] float64; 1 is off."""
+    """[n] float64; 1 is off. The most probable token is kept in any case."""
     min_p: Tensor | None = None
     """[n] float64; 0 is off."""
     seed: Tensor | None = None
@@ -92,6 +92,11 @@ class SampleParams:
     banned: BannedTokens | None = None
     bias: LogitBias | None = None
     penalties: Penalties | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a vocabulary without ids; raises ValueError."""
+        if self.num_valid_ids is not None and self.num_valid_ids < 1:
+            raise ValueError(f"num_valid_ids is {self.num_valid_ids}; it must be above 0, or None")
 
     @property
     def changes_logits(self) -> bool:

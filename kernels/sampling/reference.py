@@ -97,16 +97,20 @@ def _change_logits(x: Tensor, params: SampleParams) -> Tensor:
         x[params.allowed.rows] = x[params.allowed.rows].masked_fill_(_forbidden(params.allowed, x), _NEGATIVE_INFINITY)
     if params.banned is not None:
         rows, token_ids = params.banned
-        valid = token_ids < x.shape[1]
+        valid = _exist(token_ids, x)
         x[rows[valid], token_ids[valid]] = _NEGATIVE_INFINITY
     if params.bias is not None:
         rows, token_ids, values = params.bias
-        valid = token_ids < x.shape[1]
+        valid = _exist(token_ids, x)
         rows, token_ids = rows[valid], token_ids[valid]
         x[rows, token_ids] += values[valid].to(x.dtype)
     if params.penalties is not None:
         _penalise_(x, params.penalties)
     return x
+
+
+def _exist(token_ids: Tensor, x: Tensor) -> Tensor:
+    return (token_ids >= 0) & (token_ids < x.shape[1])
 
 
 def _forbidden(allowed: AllowedTokens, x: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ def _penalise_(x: Tensor, penalties: Penalties) -> None:
     m, at = (torch.arange(width, device=x.device) < num_seen[:, None]).nonzero(as_tuple=True)
     state_rows = penalties.state_rows[m]
     token_ids = penalties.seen_ids[state_rows, at].to(torch.int64)
-    valid = token_ids < x.shape[1]
+    valid = _exist(token_ids, x)
     m, token_ids = m[valid], token_ids[valid]
     counts = penalties.seen_counts[state_rows, at][valid]
     rows = penalties.rows[m]
@@ -186,7 +190,9 @@ def _draw_from_nucleus(z: Tensor, score: Tensor, token_ids: Tensor, top_p: Tenso
         for row, token_id in enumerate(token_ids.tolist()):
             before[row, :token_id] += 1.0
         before.clamp_(0.0, 1.0)
-        outside = ((before * mass).sum(-1, dtype=torch.float64) >= needed).nonzero().squeeze(-1)
+        mass_before = (before * mass).sum(-1, dtype=torch.float64)
+        # The first in order has none before it, and stays whatever is needed: a top_p of 0 keeps one token.
+        outside = ((mass_before >= needed) & (mass_before > 0.0)).nonzero().squeeze(-1)
         if not len(outside):
             return result
         z, mass, needed, rows = _take(z, outside), _take(mass, outside), needed[outside], rows[outside]

@@ -292,8 +292,6 @@ def _side_by_side(params: SampleParams, num_rows: int) -> SampleParams:
     Raises:
         ValueError: names the parameter, what it is and what is allowed.
     """
-    if params.num_valid_ids is not None and params.num_valid_ids < 1:
-        raise ValueError(f"num_valid_ids is {params.num_valid_ids}; it must be above 0, or None")
     per_row: dict[str, Tensor] = {}
     for name, dtype in _DTYPES.items():
         if (x := getattr(params, name)) is not None:

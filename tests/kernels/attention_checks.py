@@ -257,6 +257,23 @@ def sink_takes_all(op: str, shape: Shape) -> None:
     assert same_bits(out[rows, :-1], before[rows, :-1]), "a sink reached another head"
 
 
+def infinite_sinks(op: str, shape: Shape) -> None:
+    """+inf takes all weight, -inf is no sink; a row that sees nothing has only its sink."""
+    inputs = gaussian(replace(shape, seqs=((1, 0), *shape.seqs))).lay_out()
+    without, without_lse = call_lse(op, inputs)
+    values = (math.inf, -math.inf, 2.0)
+    sinks = torch.tensor([values[h % 3] for h in range(shape.num_q_heads)], dtype=shape.dtype)
+    out, lse = call_lse(op, {**inputs, "sinks": sinks})
+    assert out.isfinite().all(), "a sink must not spoil what is attended to"
+    assert (out[:, 0::3] == 0).all(), "an infinite sink must leave zeros"
+    assert (lse[:, 0::3] == math.inf).all(), "an infinite sink is the lse"
+    tolerance = {"rtol": 8 * UNIT[str(shape.dtype)[6:]], "atol": 1e-6}
+    assert torch.allclose(out[:, 1::3], without[:, 1::3], **tolerance), "a sink of -inf takes weight"
+    assert torch.allclose(lse[:, 1::3], without_lse[:, 1::3], **tolerance), "a sink of -inf is no part of the lse"
+    assert (out[0] == 0).all(), "a row that sees nothing must give zeros"
+    assert torch.allclose(lse[0], sinks.to(lse.dtype), **tolerance), "a row that sees nothing has its sink as lse"
+
+
 def soft_cap_saturates(op: str, shape: Shape) -> None:
     """Scores far beyond the cap become the cap itself: weights of a big and a small score differ by exp(2 · cap)."""
     cap = 2.0
@@ -380,6 +397,7 @@ EXACT: dict[str, Check] = {
         sick_neighbour,
         deep_negative,
         sink_takes_all,
+        infinite_sinks,
         soft_cap_saturates,
         sees_nothing,
         padding_untouched,

@@ -7,7 +7,7 @@ from typing import Any
 import octavo.kernels
 import pytest
 import torch
-from octavo.kernels.sampling import AllowedTokens, BannedTokens, LogitBias, SampleParams
+from octavo.kernels.sampling import AllowedTokens, SampleParams
 from octavo.kernels.spec import load_specs
 from torch import Tensor
 
@@ -78,6 +78,9 @@ CASES = [
     *((op, "float32", *rest) for op, *rest in NORM),
     *((op, "silu-float32", *rest) for op, *rest in ACTIVATION),
     ("paged_attention_decode", "ragged", {"draft_mask": torch.zeros(4, dtype=torch.int64)}, "draft_mask has shape"),
+    ("paged_attention_decode", "draft", {"draft_mask": torch.zeros(27, 1, dtype=torch.int64)}, "draft_mask has shape"),
+    ("paged_attention_decode", "draft", {"draft_mask": torch.zeros(27, dtype=I32)}, "draft_mask has dtype torch.int32"),
+    ("paged_attention_decode", "draft", {"draft_mask": torch.zeros(27)}, "draft_mask has dtype torch.float32"),
     ("copy_blocks", "chain", {"dst": torch.zeros(3, dtype=torch.int64)}, "dst has shape"),
 ]
 
@@ -142,8 +145,6 @@ def test_blocks_are_named_by_integers(backend: str, name: str) -> None:
 
 
 SAMPLING = [
-    (SampleParams(num_valid_ids=0), "num_valid_ids is 0; it must be above 0"),
-    (SampleParams(num_valid_ids=-1), "num_valid_ids is -1"),
     (SampleParams(temperature=torch.ones(2, dtype=torch.float64)), "temperature has dtype torch.float64"),
     (SampleParams(top_k=torch.ones(2, dtype=torch.int64)), "top_k has dtype torch.int64; expected torch.int32"),
     (SampleParams(top_p=torch.ones(2)), "top_p has dtype torch.float32; expected torch.float64"),
@@ -169,13 +170,7 @@ def test_kernels_refuse_sampling_parameters(backend: str, params: SampleParams, 
         octavo.kernels.sample(torch.zeros(2, 40), params)
 
 
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_ids_outside_the_vocabulary_change_nothing(backend: str) -> None:
-    """A row's neighbours in memory are the other rows."""
-    logits = torch.arange(3.0)[:, None] + torch.arange(32.0)
-    rows, token_ids = torch.tensor([1, 1, 1]), torch.tensor([-1, 32, 63])
-    for params in (
-        SampleParams(banned=BannedTokens(rows, token_ids)),
-        SampleParams(bias=LogitBias(rows, token_ids - 3, torch.tensor([1e3, 0.0, 1e3]))),
-    ):
-        assert octavo.kernels.sample(logits, params).token_ids.tolist() == [31, 31, 31]
+@pytest.mark.parametrize("num_valid_ids", [0, -1])
+def test_a_vocabulary_without_ids_is_refused(num_valid_ids: int) -> None:
+    with pytest.raises(ValueError, match=f"num_valid_ids is {num_valid_ids}; it must be above 0, or None"):
+        SampleParams(num_valid_ids=num_valid_ids)

@@ -149,6 +149,8 @@ def _merge(states: list[_State], sink: float | None, bug: str | None) -> tuple[T
     if bug == "merge_ignores_lse" and len(states) > 1:
         mean = torch.stack([state.acc / state.total for state in states]).mean(0)
         return mean, states[-1].top + float(states[-1].total.log())
+    if sink == math.inf:  # inf - inf is NaN
+        return torch.zeros_like(states[0].acc), math.inf
     top = max([state.top for state in states] + ([] if sink is None else [sink]))
     total, acc = torch.zeros_like(states[0].total), torch.zeros_like(states[0].acc)
     for state in states:

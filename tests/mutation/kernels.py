@@ -26,6 +26,7 @@ from octavo.kernels.spec import Case, load_specs
 from tests.kernels import attention_checks, kv_cache_checks, mlp_checks, norm_checks
 from tests.kernels import test_attention_cascade as cascade
 from tests.kernels import test_attention_invariant as invariant
+from tests.kernels import test_attention_promises as promises
 from tests.kernels import test_attention_quantised as quantised
 from tests.kernels.attention_rounding import check_rounding
 from tests.kernels.backends import takes
@@ -89,6 +90,8 @@ def _attention_checks(op: str) -> Checks:
         ]
     for name, check in attention_checks.INVARIANCE.items():
         named.append((f"invariance: {name}", partial(check, op, _SHAPES[op][0])))
+    if op == PREFILL:
+        named.insert(0, ("exact: short list", promises.check_short_list))
     return (*named, *_quantised_checks(op))  # type: ignore[return-value]
 
 

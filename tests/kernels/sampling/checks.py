@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from octavo.kernels.sampling import BannedTokens, LogitBias, Penalties, SampleParams
 
 from .. import calls
 from .oracle import Row
@@ -228,9 +229,36 @@ def check_out(seed: int) -> None:
     assert torch.equal(logits, before)
 
 
+def check_no_top_p(seed: int) -> None:
+    """A top_p of 0 keeps the first token in order, whatever the other filters."""
+    kept = ({}, {"top_k": 5}, {"min_p": 0.2})
+    rows = [replace(row, temperature=2.0, top_p=0.0, **kept[at % 3]) for at, row in enumerate(rows_over(seed, 12))]
+    rows[9:] = [replace(row, logits=np.round(row.logits)) for row in rows[9:]]
+    found = run(rows)
+    assert not found.failed.any()
+    assert found.token_ids.tolist() == [int(row.logits.argmax()) for row in rows]
+
+
+def check_ids_that_are_none(seed: int) -> None:
+    """Entries for ids below 0 or past the vocabulary change nothing: not this row, nor its neighbours in memory."""
+    logits = torch.arange(3.0)[:, None] + torch.arange(32.0)
+    logits[:, 30] += 9.0
+    rows, token_ids = torch.tensor([1, 1, 1, 1, 1]), torch.tensor([-1, -2, 32, 62, 63])
+    ones, row, num_seen = torch.ones(1), rows[:1], torch.full((2,), len(rows), dtype=torch.int32)
+    seen = token_ids.to(torch.int32).repeat(2, 1)
+    for params in (
+        SampleParams(banned=BannedTokens(rows, token_ids)),
+        SampleParams(bias=LogitBias(rows, token_ids, torch.tensor([1e3, -1e3, 1e3, -1e3, 1e3]))),
+        SampleParams(penalties=Penalties(row, 9 * ones, 9 * ones, ones, row, seen, seen.abs(), num_seen)),
+    ):
+        assert calls.sample(logits, params).token_ids.tolist() == [30, 30, 30]
+
+
 CHECKS: tuple[Callable[[int], None], ...] = (
     check_no_token_left,
     check_out,
+    check_ids_that_are_none,
+    check_no_top_p,
     check_greedy,
     check_many_chunks,
     check_invalid_ids,

@@ -8,6 +8,8 @@ _DECODE = ".attention.decode_triton"
 _COMBINE = ".attention.combine_triton"
 _PLAN = ".attention.plan_triton"
 
+_SHIFT = "tl.minimum(tl.maximum(tl.maximum(b_max, b_sink), -LARGEST), LARGEST)"
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "causal_strict",
@@ -141,6 +143,20 @@ PATCHES: tuple[Patch, ...] = (
         _DECODE,
         "m_seen &= o_key[None, :] > o_position[:, None] - window",
         "m_seen &= o_key[None, :] >= 0",
+    ),
+    Patch(
+        "infinite_sink_not_clamped",
+        "an infinite sink is subtracted from itself",
+        _COMBINE,
+        _SHIFT,
+        "tl.maximum(tl.maximum(b_max, b_sink), -LARGEST)",
+    ),
+    Patch(
+        "no_sink_not_clamped",
+        "a row that sees nothing subtracts a sink of -inf from itself",
+        _COMBINE,
+        _SHIFT,
+        "tl.minimum(tl.maximum(b_max, b_sink), LARGEST)",
     ),
     Patch(
         "draft_mask_missing",

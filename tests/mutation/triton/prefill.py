@@ -316,6 +316,20 @@ PATCHES: tuple[Patch, ...] = (
         "tl.load(p_sinks + (o_head + 1) % (NUM_KV_HEADS * GROUP_SIZE), ",
     ),
     Patch(
+        "infinite_sink_is_counted",
+        "an infinite sink weighs as much as the key that scores highest",
+        _PREFILL,
+        'b_sum = tl.where(b_max < float("inf"), b_sum, b_max)',
+        "b_sum += 0.0",
+    ),
+    Patch(
+        "infinite_sink_not_clamped",
+        "an infinite sink is subtracted from itself",
+        _PREFILL,
+        "b_max = tl.minimum(b_max, LARGEST)",
+        "b_max = b_max * 1.0",
+    ),
+    Patch(
         "parts_lost",
         "tiles smaller than a work item leave its rest undone",
         _PREFILL,
@@ -328,6 +342,13 @@ PATCHES: tuple[Patch, ...] = (
         _LIST,
         "o_length[:, None] - (o_other < i_seq)[None, :].to(tl.int32)",
         "o_length[:, None] + (o_other < 0)[None, :].to(tl.int32)",
+    ),
+    Patch(
+        "list_overflows",
+        "items beyond the list's end are written there",
+        _LIST,
+        "m_item = (o_item < num_items) & (b_rank < max_items)",
+        "m_item = o_item < num_items",
     ),
     Patch(
         "last_item_not_listed",
