@@ -4,6 +4,8 @@ import { $ } from "./dom.js";
 
 const STORED = "octavo.key";
 let asking = null;
+/** Whether the user would not give a key: then nothing asks again by itself. */
+let declined = false;
 
 /** What the server refused: `param` is the field at fault, `status` 0 where no server answered. */
 export class ApiError extends Error {
@@ -24,11 +26,17 @@ function askForKey(refused) {
     dialog.addEventListener("close", () => {
       const key = dialog.returnValue === "ok" ? $("key").value.trim() : null;
       if (key) sessionStorage.setItem(STORED, key);
+      declined = !key;
       asking = null;
       resolve(key || null);
     }, { once: true });
   });
   return asking;
+}
+
+/** Ask again where the user has declined before. */
+export function askAgain() {
+  declined = false;
 }
 
 /** Fetch a path of this server with the key, asking for one where it is wanted. Throws ApiError. */
@@ -50,7 +58,7 @@ export async function request(path, { body, signal } = {}) {
     if (response.ok) return response;
     if (response.status === 401) {
       // Another request may have asked meanwhile.
-      if (sessionStorage.getItem(STORED) !== key || (await askForKey(key !== null))) continue;
+      if (sessionStorage.getItem(STORED) !== key || (!declined && (await askForKey(key !== null)))) continue;
       throw new ApiError("The server asks for an API key.", { status: 401 });
     }
     const { error } = await response.json().catch(() => ({}));

@@ -88,9 +88,13 @@ async function connect(wait = 1000) {
     follow();
   } catch (error) {
     if (run) return;
-    playground.disconnect();
-    live.empty("No engine answers here. Open a recording to look at a run that is over.");
-    status("bad", error.status ? "no engine here" : "server gone, trying again");
+    const wantsKey = error.status === 401;
+    playground.disconnect(wantsKey && (() => {
+      api.askAgain();
+      connect();
+    }));
+    live.empty(`${wantsKey ? "This server asks for a key." : "No engine answers here."} Open a recording to look at a run that is over.`);
+    status("bad", wantsKey ? "no key" : error.status ? "no engine here" : "server gone, trying again");
     if (!error.status) setTimeout(() => !run && connect(Math.min(2 * wait, LONGEST_RETRY_MS)), wait);
   }
 }

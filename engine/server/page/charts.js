@@ -8,7 +8,7 @@ const LEFT = 46, RIGHT = 10, AXIS = 20;
 /** Return a round number at or above `value`, and half of it, for an axis. */
 function ceiling(value) {
   const unit = 10 ** Math.floor(Math.log10(Math.max(value, 1e-9)));
-  return [1, 2, 4, 5, 8, 10].map(n => n * unit).find(n => n >= value);
+  return [1, 1.5, 2, 3, 4, 6, 8, 10].map(n => n * unit).find(n => n >= value);
 }
 
 /** Draw a lane's frame: title, top and zero of its axis. */
@@ -41,7 +41,7 @@ function timeAxis(g, { now, origin, span, x, y, width }) {
   g.fillStyle = colour("soft");
   for (let k = Math.ceil((now - span - zero) / step); k * step <= now - zero + 1e-9; k++) {
     const at = x(zero + k * step), text = origin == null && k === 0 ? "now" : `${(k * step).toFixed(digits).replace("-", "−")} s`;
-    g.fillText(text, Math.min(at, width - RIGHT - 10), y + 5);
+    g.fillText(text, Math.max(LEFT + 12, Math.min(at, width - RIGHT - 10)), y + 5);
     g.fillRect(Math.round(at), y, 1, 3);
   }
 }
@@ -57,15 +57,18 @@ export class Timeline {
   draw(view, span) {
     const area = surface(this.canvas);
     if (!area) return;
-    const { g, width, height } = area, { now } = view, x = time => LEFT + (1 - (now - time) / span) * (width - LEFT - RIGHT);
-    this.shown = view.steps.filter(step => step.end > now - span && step.start <= now);
+    const { g, width, height } = area, { now, origin } = view;
+    // A recording's axis begins with it and ends with it; the live one ends now.
+    const length = origin == null ? span : Math.min(span, Math.max(view.end - origin, 1e-3)), right = origin == null ? now : Math.max(now, origin + length);
+    const x = time => LEFT + (1 - (right - time) / length) * (width - LEFT - RIGHT);
+    this.shown = view.steps.filter(step => step.end > right - length && step.start <= now);
     this.x = x;
     const steps = this.shown, lanes = height - AXIS - 60, most = name => steps.reduce((high, step) => Math.max(high, step[name]), 0);
     const tokens = { top: 16, height: lanes * 0.52, width, title: "tokens in a step", high: ceiling(Math.max(8, steps.reduce((high, step) => Math.max(high, step.prefill + step.decode), 0))) };
     const seqs = { top: tokens.top + tokens.height + 22, height: lanes * 0.24, width, title: "sequences", high: ceiling(Math.max(4, most("numSeqs"), most("waiting"))) };
     const kv = { top: seqs.top + seqs.height + 22, height: lanes * 0.24, width, title: "KV blocks in use", high: 1, write: part => `${100 * part} %` };
     for (const lane of [tokens, seqs, kv]) frame(g, lane);
-    timeAxis(g, { now, origin: view.origin, span, x, y: kv.top + kv.height, width });
+    timeAxis(g, { now: right, origin, span: length, x, y: kv.top + kv.height, width });
     g.save();
     g.beginPath();
     g.rect(LEFT, 0, width - LEFT - RIGHT, height);
@@ -161,9 +164,9 @@ export class BlockMap {
     const { g, width, height } = area;
     let per = 1, size;
     // The largest square with which all blocks fit; under 4 pixels, several blocks share one.
-    const fits = n => { for (size = 20; size >= 4; size--) if (Math.floor(width / size) * Math.floor(height / size) >= n) return true; return false; };
+    const fits = n => { for (size = 34; size >= 4; size--) if (Math.floor(width / size) * Math.floor(height / size) >= n) return true; return false; };
     while (!fits(Math.ceil(numBlocks / per))) per++;
-    const columns = Math.floor(width / size), gap = size > 6 ? 2 : 1, cells = Math.ceil(numBlocks / per);
+    const columns = Math.floor(width / size), gap = size > 20 ? 3 : size > 6 ? 2 : 1, cells = Math.ceil(numBlocks / per);
     this.layout = { per, size, columns, states, numBlocks };
     const paths = STATES.map(() => new Path2D());
     for (let cell = 0; cell < cells; cell++) {

@@ -1,7 +1,7 @@
 // This module holds the forms in which a server and a recording tell of a run, made into what the views show. It is the
 // only one that knows those forms.
 
-import { count, duration } from "./dom.js";
+import { count, duration, some } from "./dom.js";
 import { MAX_WINDOW_S } from "./run.js";
 
 const VERSION = 1;
@@ -96,6 +96,12 @@ export function readExplanation({ choices }) {
   return { ended: choices.every(choice => choice.state === "finished"), choices: choices.map(readChoice) };
 }
 
+/** What held a sequence up longest. */
+function mostly(reasons) {
+  const [longest] = Object.entries(reasons).sort((a, b) => b[1] - a[1]);
+  return longest ? `${Object.keys(reasons).length > 1 ? "mostly: " : ""}${longest[0]}` : "";
+}
+
 function readChoice(choice) {
   const { waits, chunks, tokens, preemptions } = choice, rows = [], times = tokens.at_s;
   const all = chunks.step.map((step, i) => ({ step, tokens: chunks.num_tokens[i], from: chunks.at_s[i], to: chunks.at_s[i] + chunks.seconds[i] }));
@@ -104,13 +110,13 @@ function readChoice(choice) {
   if (!waits.length) waits.push({ at_s: 0, seconds: 0, reasons: {} });
   waits.forEach((wait, i) => {
     const from = wait.at_s, until = ends[i] ?? Infinity, inside = time => time >= from && time < until;
-    rows.push({ kind: "wait", label: i ? "Preempted" : "Queued", note: Object.keys(wait.reasons).join(", "), from, to: from + wait.seconds });
+    rows.push({ kind: "wait", label: i ? "Preempted" : "Queued", note: mostly(wait.reasons), from, to: from + wait.seconds });
     const mine = all.filter(chunk => inside(chunk.from)), label = i ? "Recompute" : "Prefill";
     const total = mine.reduce((sum, chunk) => sum + chunk.tokens, 0);
-    if (mine.length > MAX_CHUNK_ROWS) rows.push({ kind: "prefill", label, note: `${count(total)} tokens in ${mine.length} chunks`, from: mine[0].from, to: mine.at(-1).to });
-    else for (const chunk of mine) rows.push({ kind: "prefill", label, note: `${count(chunk.tokens)} tokens, step ${count(chunk.step)}`, from: chunk.from, to: chunk.to });
+    if (mine.length > MAX_CHUNK_ROWS) rows.push({ kind: "prefill", label, note: `${some(total, "token")} in ${mine.length} chunks`, from: mine[0].from, to: mine.at(-1).to });
+    else for (const chunk of mine) rows.push({ kind: "prefill", label, note: `${some(chunk.tokens, "token")}, step ${count(chunk.step)}`, from: chunk.from, to: chunk.to });
     const begin = mine.at(-1)?.to ?? from + wait.seconds, decoded = times.filter(time => time > begin + 1e-9 && time < until);
-    if (decoded.length) rows.push({ kind: "decode", label: "Decode", note: `${count(decoded.length)} tokens`, from: begin, to: decoded.at(-1) });
+    if (decoded.length) rows.push({ kind: "decode", label: "Decode", note: some(decoded.length, "token"), from: begin, to: decoded.at(-1) });
   });
   const gap = choice.inter_token_s, facts = [
     ["Prompt", choice.prompt_tokens, count], ["In the prefix cache", choice.cached_tokens, count], ["Output", choice.output_tokens, count],

@@ -36,12 +36,15 @@ export function roving(container, selector, choose) {
 /** Write a count with separators. */
 export const count = n => (n == null ? "–" : Math.round(n).toLocaleString("en"));
 
+/** Write how many there are of something. */
+export const some = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
+
 /** Write a duration of `s` seconds with three digits or so. */
 export function duration(s) {
   if (s == null || Number.isNaN(s)) return "–";
-  if (s < 0.001) return `${Math.round(s * 1e6)} µs`;
-  if (s < 1) return `${(s * 1e3).toFixed(s < 0.01 ? 2 : s < 0.1 ? 1 : 0)} ms`;
-  return s < 100 ? `${s.toFixed(s < 10 ? 2 : 1)} s` : `${Math.floor(s / 60)} min ${Math.round(s % 60)} s`;
+  if (s < 0.001) return `${Math.round(s * 1e6)}\u00a0µs`;
+  if (s < 1) return `${(s * 1e3).toFixed(s < 0.01 ? 2 : s < 0.1 ? 1 : 0)}\u00a0ms`;
+  return s < 100 ? `${s.toFixed(s < 10 ? 2 : 1)}\u00a0s` : `${Math.floor(s / 60)}\u00a0min ${Math.round(s % 60)}\u00a0s`;
 }
 
 /** Write a rate per second. */

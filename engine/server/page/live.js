@@ -2,7 +2,7 @@
 // It does not know which.
 
 import { BlockMap, Timeline } from "./charts.js";
-import { $, count, duration, el, legend, onScheme, percent, rate } from "./dom.js";
+import { $, count, duration, el, legend, onScheme, percent, rate, some } from "./dom.js";
 
 const timeline = new Timeline($("timeline")), map = new BlockMap($("blocks"));
 let view = null;
@@ -31,12 +31,12 @@ function draw() {
   tiles([
     ["running", count(view.numRunning), facts.maxNumSeqs && `of ${count(facts.maxNumSeqs)}`],
     ["waiting", count(view.numWaiting)],
-    ["prefill", rate(rates.prefill), "tokens/s"],
-    ["decode", rate(rates.decode), "tokens/s"],
+    ["prefill tokens/s", rate(rates.prefill)],
+    ["decode tokens/s", rate(rates.decode)],
     ["KV in use", percent(used)],
     ["prefix hits", percent(rates.hit)],
-    ["to first token, p50", duration(rates.ttft[0]), `p99 ${duration(rates.ttft[1])}`],
-    ["between tokens, p50", duration(rates.itl[0]), `p99 ${duration(rates.itl[1])}`],
+    ["first token, p50 / p99", duration(rates.ttft[0]), rates.ttft[0] != null && `/ ${duration(rates.ttft[1])}`],
+    ["between tokens, p50 / p99", duration(rates.itl[0]), rates.itl[0] != null && `/ ${duration(rates.itl[1])}`],
   ]);
   readStep();
   const known = map.draw(kv, facts.numBlocks), named = name => (kv.states || name === "free" ? name : "in use");
@@ -49,7 +49,7 @@ function draw() {
     [link(each), each.reason, el("span", { text: duration(each.waited) })]),
   "Nobody waits. A request that cannot start at once is listed here with its reason.");
   table($("running"), ["Request", "Computed", "Tokens"], view.running.map(each => [link(each),
-    el("meter", { min: 0, max: each.tokens, value: each.computed, title: `${count(each.computed)} of ${count(each.tokens)} tokens computed` }), count(each.tokens)]),
+    computed(each), count(each.tokens)]),
   "Nothing runs. Send something from the playground and watch it here.");
 }
 
@@ -61,7 +61,13 @@ function tiles(entries) {
   entries.forEach(([, value, note], i) => box.children[i].firstChild.replaceChildren(value, note ? el("small", { text: ` ${note}` }) : ""));
 }
 
-const link = ({ id, choice }) => el("a", { class: "id", href: `#requests/${encodeURIComponent(id)}`, text: choice ? `${id} · ${choice + 1}` : id });
+const link = ({ id, choice }) => el("a", { class: "id", title: id, href: `#requests/${encodeURIComponent(id)}`, text: choice ? `${choice + 1} of ${id}` : id });
+
+function computed({ tokens, computed }) {
+  const bar = el("i"), box = el("span", { class: "part", role: "img", "aria-label": `${count(computed)} of ${count(tokens)} tokens computed`, title: `${count(computed)} of ${count(tokens)} tokens computed` }, bar);
+  bar.style.width = `${(100 * computed) / tokens}%`;
+  return box;
+}
 
 const MAX_ROWS = 200;
 
@@ -80,7 +86,7 @@ function table(box, head, rows, nothing) {
 
 function readStep() {
   const step = timeline.draw(view, Number($("window").value));
-  const parts = step && [`Step ${count(step.step)}`, duration(step.end - step.start), `${count(step.numSeqs)} sequences`,
+  const parts = step && [`Step ${count(step.step)}`, duration(step.end - step.start), some(step.numSeqs, "sequence"),
     `${count(step.prefill)} prefill and ${count(step.decode)} decode tokens`, `${count(step.waiting)} waiting`,
     step.execute && `scheduled in ${duration(step.execute - step.start)}, ran ${duration(step.update - step.execute)}, told in ${duration(step.end - step.update)}`,
     step.failed && `failed: ${step.failed}`];
@@ -89,7 +95,7 @@ function readStep() {
 }
 
 function readBlocks(at) {
-  const { facts, kv } = view, text = at || `${count(facts.numBlocks)} blocks of ${count(facts.blockSize)} tokens.${kv.states ? "" : " Counted only: which is where was not recorded here."}`;
+  const { facts, kv } = view, text = at || `${some(facts.numBlocks, "block")} of ${some(facts.blockSize, "token")}.${kv.states ? "" : " Counted only: which is where was not recorded here."}${view.origin == null || !kv.states ? "" : ` As of ${(kv.at - view.origin).toFixed(2)} s.`}`;
   $("blocks-readout").textContent = text;
 }
 

@@ -34,14 +34,14 @@ export async function connect() {
 /** Return what GET /v1/models says of the model. */
 export const served = () => model;
 
-/** Let nothing be sent where no engine answers. */
-export function disconnect() {
+/** Let nothing be sent where no engine answers; `giveKey` asks for a key where one is wanted. */
+export function disconnect(giveKey) {
   $("model").textContent = "No engine";
   model = null;
-  showEmpty();
+  showEmpty(giveKey);
 }
 
-function showEmpty() {
+function showEmpty(giveKey) {
   $("clear").disabled = $("retry").disabled = history.length === 0 || running !== null;
   if (history.length) return;
   const examples = EXAMPLES[mode()].map(text => el("button", { type: "button", text, onclick: () => {
@@ -51,10 +51,10 @@ function showEmpty() {
   } }));
   $("log").replaceChildren(el("div", { class: "empty" }, ...(model ? [
     el("p", { text: mode() === "chat" ? `Write to ${model.id}: the answer streams in here.` : `Give ${model.id} a beginning: it goes on here.` }),
-    el("p", { class: "small", text: "Hover a token of the answer, or walk through it with the arrow keys, to see what else was likely." }),
+    el("p", { class: "small", text: "Hover or tap a token of the answer, or walk along with the arrow keys, to see what else was likely." }),
     el("p", { class: "examples" }, ...examples),
-  ] : [el("p", { text: "No engine answers here." }),
-    el("p", { class: "small", text: "Start one with “octavo serve”, or open a recording to look at a run that is over." })])));
+  ] : giveKey ? [el("p", { text: "This server asks for an API key." }), el("p", {}, el("button", { type: "button", text: "Give the key", onclick: giveKey }))]
+    : [el("p", { text: "No engine answers here." }), el("p", { class: "small", text: "Start one with “octavo serve”, or open a recording to look at a run that is over." })])));
 }
 
 /** Return the body for what has been said; in completion mode, for `prompt`. */
@@ -150,6 +150,7 @@ class Turn {
       tokens > seen.length && took > 0 && [`${rate((tokens - seen.length) / took)}`, "tokens/s"],
       [count(tokens), "tokens out"],
       this.usage && [count(this.usage.prompt_tokens), `in${cached ? `, ${count(cached)} cached` : ""}`],
+      seen.length > 1 && mode() === "chat" && this.usage && ["", "the conversation goes on from the first"],
       ends.length && ["", ends.map(end => ENDS[end] ?? end).join(", ")],
     ];
     this.facts.replaceChildren(...facts.filter(Boolean).map(([value, text]) => el("span", {}, el("b", { text: value }), ` ${text}`)));
@@ -222,7 +223,8 @@ function follow(always = false) {
 function fail(error) {
   if (!(error instanceof ApiError)) console.error(error);
   const named = parameters.blame(error.param);
-  $("problem").replaceChildren(el("p", {}, error.param ? el("b", { text: `${error.param}: ` }) : "", error.message),
+  const { message, param } = error, rest = param && message.startsWith(param) ? message.slice(param.length) : param ? `: ${message}` : message;
+  $("problem").replaceChildren(el("p", {}, el("b", { text: param ?? "" }), rest),
     named ? "" : el("p", { class: "small", text: error.requestId ? `Request ${error.requestId}` : "" }));
 }
 

@@ -3,7 +3,9 @@
 
 import { drawGaps } from "./charts.js";
 import { readExplanation, summaryLine } from "./data.js";
-import { $, count, duration, el, legend, onScheme, roving } from "./dom.js";
+import { $, duration, el, legend, onScheme, roving, some } from "./dom.js";
+
+const MAX_LISTED = 300;
 
 let source = null;
 let listed = [];
@@ -50,13 +52,14 @@ function list() {
   const wanted = $("find").value.trim(), found = listed.filter(({ id }) => id.includes(wanted));
   const focused = $("recent").contains(document.activeElement) ? document.activeElement.dataset.id : null;
   const current = found.some(({ id }) => id === chosen) ? chosen : found[0]?.id;
-  $("recent").replaceChildren(...found.map(({ id, line }) => {
+  $("recent").replaceChildren(...found.slice(0, MAX_LISTED).map(({ id, line }) => {
     const option = el("div", { role: "option", tabIndex: id === current ? 0 : -1, "aria-selected": id === chosen, onclick: () => go(id) },
       el("span", { class: "id", text: id }), el("small", { text: line }));
     option.dataset.id = id;
     return option;
   }));
   if (focused) [...$("recent").children].find(option => option.dataset.id === focused)?.focus();
+  if (found.length > MAX_LISTED) $("recent").append(el("p", { class: "nothing", text: `and ${some(found.length - MAX_LISTED, "older one")}: find them by id` }));
   if (!found.length) $("recent").append(el("p", { class: "nothing", text: wanted ? "No request has this in its id." : "No requests yet. The latest are listed here as they come." }));
 }
 
@@ -103,7 +106,7 @@ function waterfall({ to, rows, first }) {
 function gapChart({ gaps: list }) {
   if (list.length < 2) return [];
   const sorted = [...list].sort((a, b) => a - b), middle = sorted[sorted.length >> 1];
-  const canvas = el("canvas", { class: "gaps", role: "img", "aria-label": `Time between tokens: ${count(list.length)} gaps, median ${duration(middle)}, longest ${duration(sorted.at(-1))}` });
+  const canvas = el("canvas", { class: "gaps", role: "img", "aria-label": `Time between tokens: ${some(list.length, "gap")}, median ${duration(middle)}, longest ${duration(sorted.at(-1))}` });
   canvas.gaps = list;
   return [canvas];
 }
