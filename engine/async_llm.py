@@ -49,7 +49,8 @@ NUM_TEXT_THREADS = 2
 """Tokenising and rendering run on these; what is asked beyond them waits."""
 MAX_HEARTBEAT_AGE_S = 10.0
 MAX_STEP_AGE_S = 120.0
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
+"""For an engine to end by itself; nobody wants the step any more that it may be in."""
 
 _log = logging.getLogger("octavo")
 _P = ParamSpec("_P")

@@ -6,6 +6,7 @@ It is imported in the engine's process, too, by its bare name: `conftest.py` put
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from typing import Any
@@ -18,8 +19,9 @@ from octavo.engine.startup import Engine
 from octavo.engine.step import ModelOutput, SchedulerOutput
 
 FAULTY = "faulty_engines:faulty_engine"
-RAISE, EXIT, CRASH, HANG, NOT_FINITE = 1001, 1002, 1003, 1004, 1005
+RAISE, EXIT, CRASH, HANG, HOG, NOT_FINITE = 1001, 1002, 1003, 1004, 1005, 1006
 """Seeds of requests that make the step they begin in fail."""
+FAULT_BEGINS = b"the fault begins\n"
 NEVER = threading.Event()
 
 
@@ -36,7 +38,11 @@ class FaultyRunner:
             elif sequence.seed == CRASH:
                 os.kill(os.getpid(), signal.SIGSEGV)
             elif sequence.seed == HANG:
+                os.write(2, FAULT_BEGINS)
                 NEVER.wait()
+            elif sequence.seed == HOG:
+                os.write(2, FAULT_BEGINS)
+                re.fullmatch("(a+)+b", "a" * 64)  # longer than anybody lives, and no other thread runs meanwhile
             elif sequence.seed == NOT_FINITE:
                 self._runner.nan_rows.add(sequence.row)
         return self._runner.execute(step)
