@@ -19,7 +19,7 @@ __all__ = ["ToolSession", "check_tools", "detect_tool_format", "tool_preamble"]
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1 << 19
 MAX_DESCRIPTION_CHARS = 16384
-MAX_FORCED_CALLS = 16
+MAX_FORCED_CALLS = 8
 """Of one answer that must call: a weak model would not end by itself."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
