@@ -12,14 +12,18 @@ import openai
 from octavo.engine.async_llm import AsyncLLM
 from octavo.engine.config import EngineConfig
 from octavo.engine.events import BlockState
-from octavo.engine.process.fake import ALPHABET, FAKE_ENGINE, fake_tokenizer
+from octavo.engine.process.fake import ALPHABET, FAKE_ENGINE, fake_engine, fake_tokenizer
 from octavo.engine.runner.fake_runner import reference_tokens
 from octavo.engine.server.run import Server
 from octavo.engine.server.settings import ServerSettings
+from octavo.engine.startup import Engine
 
 T = TypeVar("T")
 
 FAKE_SETTINGS: dict[str, Any] = {"model": "fake", "max_num_seqs": 64, "block_size": 16, "kv_cache_tokens": 1 << 15}
+KEPT_ENGINE = f"{__name__}:kept_engine"
+"""A factory of fake engines that a test can reach into."""
+kept_engines: list[Engine] = []
 WAIT_S = 60.0
 """For what takes milliseconds on a machine that does nothing else."""
 
@@ -85,6 +89,12 @@ def check_fake(client: openai.OpenAI, prompt: str, num_tokens: int, *, seed: int
     """Check the answer to one completion of the fake model."""
     answer = client.completions.create(model="fake", prompt=prompt, max_tokens=num_tokens, seed=seed)
     assert answer.choices[0].text == fake_text(prompt, num_tokens, seed)
+
+
+def kept_engine(config: EngineConfig, **options: Any) -> Engine:
+    """Build a fake engine and keep it in `kept_engines`."""
+    kept_engines.append(fake_engine(config, **options))
+    return kept_engines[-1]
 
 
 @contextmanager

@@ -1,0 +1,211 @@
+"""No body whatsoever gives a status of 500 or above, or touches another request."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from octavo.engine.server.openapi import openapi_document
+from octavo.engine.strict_json import parse_json
+from schemathesis.generation import GenerationMode
+
+from .asgi import Answer, ask
+from .serving import Running, serving
+
+SCHEMA: Any = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <|im_end|>?"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}]
+CORPUS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "hello", "max_tokens": 4}),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "max_tokens": 3, "stream": True, "seed": 1}),
+    ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 0, "echo": True, "logprobs": 2}),
+    ("/v1/completions", {"prompt": [[1], [2, 3]], "logprobs": 1, "logit_bias": {"5": 1.5}, "stop": ["x", "y"]}),
+    ("/v1/completions", {"prompt": "a", "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_tokens": 2}),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [1], "allowed_token_ids": [1, 2], "bad_words": ["b"]}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 5, "logprobs": True, "top_logprobs": 2}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "n": 2}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "auto", "max_tokens": 3}),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": MESSAGES,
+            "max_tokens": 3,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
+        },
+    ),
+    ("/v1/chat/completions", {"messages": MESSAGES, "structured_outputs": {"regex": "a+"}, "max_tokens": 3}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "user": "me", "metadata": {"a": "b"}, "store": False}),
+    ("/tokenize", {"prompt": "hello", "return_token_strs": True}),
+    ("/tokenize", {"messages": MESSAGES, "add_generation_prompt": False, "tools": TOOLS}),
+    ("/detokenize", {"tokens": [1, 2, 3]}),
+]
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 0.5, -0.0, 2**31, 2**63, 2**64, -(2**63), 10**30, 1e308, float("inf"), float("nan")),
+    *("", "a", "\x00", "\ud800", "\U0001f600" * 10, "x" * 5000, "<|im_start|>", "1", "NaN"),
+    *([], {}, [[]], [None], {"": None}, [1, "a"], [[1], "a"], [-1], [2**40], ["a"] * 200, {"type": "x"}),
+]
+BYTES = [
+    b"\x00",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"[",
+    b"{",
+    b'"',
+    b"\\u",
+    b"1e999",
+    b"-",
+    b",",
+    b":",
+    b"9" * 5000,
+    b"NaN",
+    b"\xef\xbb\xbf",
+]
+NESTED = [b'{"prompt":' + b"[" * depth + b"]" * depth + b"}" for depth in (2, 60, 70, 900, 100_000)]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with serving(engine={"max_model_len": 256}) as running:
+        yield running
+
+
+def _check(answer: Answer, body: bytes) -> None:
+    assert answer.status < 500, (answer, body[:2000])
+    assert (answer.status == 200) == (answer.error is None)
+    # What was refused as a whole says so with a status, not within a stream.
+    assert b'{"error"' not in answer.body or answer.status != 200, (answer.body, body[:2000])
+
+
+def _mutated(rng: random.Random, value: Any, depth: int = 0) -> Any:
+    """Change one or a few places of a value."""
+    if depth > 0 and rng.random() < 0.25:
+        return rng.choice(VALUES)
+    if isinstance(value, dict) and value:
+        changed = dict(value)
+        key = rng.choice(list(changed))
+        act = rng.random()
+        if act < 0.1:
+            del changed[key]
+        elif act < 0.2:
+            _, other = rng.choice(CORPUS)
+            changed |= {name: other[name] for name in rng.sample(list(other), 1)}
+        elif act < 0.25:
+            changed[rng.choice(("", "x", key.upper(), key + " "))] = rng.choice(VALUES)
+        else:
+            changed[key] = _mutated(rng, changed[key], depth + 1)
+        return changed
+    if isinstance(value, list) and value:
+        index = rng.randrange(len(value))
+        return [*value[:index], _mutated(rng, value[index], depth + 1), *value[index + rng.randrange(2) :]]
+    return rng.choice(VALUES)
+
+
+def _scrambled(rng: random.Random, body: bytes) -> bytes:
+    """Change some bytes."""
+    for _ in range(rng.randrange(1, 4)):
+        place, end = sorted(rng.randrange(len(body) + 1) for _ in range(2))
+        act = rng.random()
+        if act < 0.4:
+            body = body[:place] + rng.choice(BYTES) + body[place:]
+        elif act < 0.6:
+            body = body[:place] + body[end:]
+        elif act < 0.8:
+            body = body[:end] + body[place:end] + body[end:]
+        else:
+            body = body[:place] + rng.randbytes(rng.randrange(1, 4)) + body[place + 1 :]
+    return body
+
+
+def test_mutated_corpus(running: Running, count: Callable[[int, int], int], seed: int) -> None:
+    rng = random.Random(seed)
+    for number in range(count(300, 50_000)):
+        path, value = rng.choice(CORPUS)
+        for _ in range(rng.randrange(1, 4)):
+            value = _mutated(rng, value)
+        body = json.dumps(value).encode()
+        if rng.random() < 0.3:
+            body = _scrambled(rng, body)
+        _check(running.run(ask(running.server.app, path, body, num_parts=rng.randrange(1, 4))), body)
+        if number % 100 == 99:
+            running.check_canary()
+
+
+@pytest.mark.parametrize("body", NESTED)
+def test_deep_nesting(running: Running, body: bytes) -> None:
+    answer = running.run(ask(running.server.app, "/v1/completions", body))
+    assert answer.status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"prompt": "a", "prompt": "b"}', "given twice"),
+        (b'{"a":1,' + b",".join(b'"k%d":1' % i for i in range(200_000)) + b',"a":2}', "given twice"),
+        (b'{"prompt": "a", "temperature": NaN}', "NaN"),
+        (b'{"prompt": "a", "temperature": -Infinity}', "Infinity"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"prompt": "a", "temperature": ' + b"9" * 5000 + b".0}", "temperature"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 4000 + b"}", "seed"),
+        (b'{"prompt": "\xff"}', "UTF-8"),
+        (b'{"prompt": "\xed\xa0\x80"}', "UTF-8"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "JSON"),
+        ('{"prompt": "a"}'.encode("utf-16"), "UTF-8"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": "a"} {}', "JSON"),
+        (b"{'prompt': 'a'}", "JSON"),
+        (b"", "JSON"),
+        (b"[]", "object"),
+        (b'"prompt"', "object"),
+        (b'{"prompt": "a", "n": 1000000000}', "n is"),
+        (b'{"prompt": [' + b"0," * 100_000 + b"0]}", "tokens"),
+    ],
+)
+def test_what_is_no_strict_json(running: Running, body: bytes, words: str) -> None:
+    answer = running.run(ask(running.server.app, "/v1/completions", body))
+    assert answer.status == 400
+    assert answer.error is not None
+    assert words in answer.error["message"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+@example([[[]]])
+def test_strict_json_is_json(value: Any) -> None:
+    assert parse_json(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+def test_schemathesis(running: Running, count: Callable[[int, int], int], path: str, mode: GenerationMode) -> None:
+    """Bodies made from the OpenAPI document: valid by it, or not."""
+    operation = schemathesis.openapi.from_dict(openapi_document())[path]["POST"]
+
+    @settings(max_examples=count(15, 1000), suppress_health_check=list(HealthCheck), database=None)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def run(case: Any) -> None:
+        body = case.body if isinstance(case.body, bytes) else json.dumps(case.body, default=str).encode()
+        _check(running.run(ask(running.server.app, path, body)), body)
+
+    run()
+    running.check_canary()
+
+
+def test_odd_paths(running: Running, count: Callable[[int, int], int], seed: int) -> None:
+    rng = random.Random(seed)
+    parts = ["v1", "models", "requests", "..", "%2e", "\x00", "\ud800", "é", "", "completions", "{model}", "x" * 300]
+    for _ in range(count(100, 5000)):
+        path = "/" + "/".join(rng.choice(parts) for _ in range(rng.randrange(5)))
+        method = rng.choice(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "ODD", "get"))
+        answer = running.run(ask(running.server.app, path, b"{}", method=method))
+        assert answer.status < 500, (method, path, answer)
+    running.check_canary()
