@@ -1,8 +1,7 @@
-// This module holds the live view: one picture of the engine, drawn from a view that comes from a server or a recording.
-// It does not know which.
+// The live view: a picture of the engine at one moment, of a server or of a recording.
 
 import { BlockMap, Timeline } from "./charts.js";
-import { $, count, duration, el, legend, onScheme, percent, rate, some } from "./dom.js";
+import { $, count, duration, el, legend, on, percent, rate, some } from "./dom.js";
 
 const timeline = new Timeline($("timeline")), map = new BlockMap($("blocks"));
 let view = null;
@@ -10,118 +9,116 @@ let frozen = false;
 
 $("steps-legend").append(...legend([["prefill", "prefill"], ["decode", "decode, running"], ["waiting", "waiting"]]));
 
-const HINT = "Point at a step, or walk along them with the arrow keys, to see what it did.";
+const HINT = "Point at a step, or use the arrow keys, to see what it did.";
 
-/** Show a view. */
 export function show(next) {
-  if (frozen) return;
-  view = next;
-  draw();
+	if (frozen) return;
+	view = next;
+	draw();
 }
 
-/** Say what will appear here, and why it does not yet. */
+// Say what will appear here, and why it does not yet.
 export function empty(text) {
-  view = null;
-  $("tiles").replaceChildren(el("p", { class: "tile nothing", text }));
+	view = null;
+	$("tiles").replaceChildren(el("p", { class: "tile nothing", text }));
 }
 
 function draw() {
-  if (!view || $("live").hidden) return;
-  const { rates, kv, facts } = view, used = facts.numBlocks ? kv.used / facts.numBlocks : null;
-  tiles([
-    ["running", count(view.numRunning), facts.maxNumSeqs && `of ${count(facts.maxNumSeqs)}`],
-    ["waiting", count(view.numWaiting)],
-    ["prefill tokens/s", rate(rates.prefill)],
-    ["decode tokens/s", rate(rates.decode)],
-    ["KV in use", percent(used)],
-    ["prefix hits", percent(rates.hit)],
-    ["first token, p50 / p99", duration(rates.ttft[0]), rates.ttft[0] != null && `/ ${duration(rates.ttft[1])}`],
-    ["between tokens, p50 / p99", duration(rates.itl[0]), rates.itl[0] != null && `/ ${duration(rates.itl[1])}`],
-  ]);
-  readStep();
-  const known = map.draw(kv, facts.numBlocks), named = name => (kv.states || name === "free" ? name : "in use");
-  $("blocks-legend").replaceChildren(...legend(known.map(([name, number]) => [name, `${named(name)} ${count(number)}`])));
-  $("blocks").setAttribute("aria-label", `KV block map: ${known.map(([name, number]) => `${count(number)} ${named(name)}`).join(", ")}`);
-  if (!$("blocks").matches(":hover")) readBlocks("");
-  $("queue-count").textContent = view.numWaiting ? count(view.numWaiting) : "";
-  $("running-count").textContent = view.numRunning ? count(view.numRunning) : "";
-  table($("queue"), ["Request", "Why it waits", "Waited"], view.waiting.map(each =>
-    [link(each), each.reason, el("span", { text: duration(each.waited) })]),
-  "Nobody waits. A request that cannot start at once is listed here with its reason.");
-  table($("running"), ["Request", "Computed", "Tokens"], view.running.map(each => [link(each),
-    computed(each), count(each.tokens)]),
-  "Nothing runs. Send something from the playground and watch it here.");
+	if (!view || $("live").hidden) return;
+	const { rates, kv, facts } = view, used = facts.numBlocks ? kv.used / facts.numBlocks : null;
+	tiles([
+		["running", count(view.numRunning), facts.maxNumSeqs && `of ${count(facts.maxNumSeqs)}`],
+		["waiting", count(view.numWaiting)],
+		["prefill tokens/s", rate(rates.prefill)],
+		["decode tokens/s", rate(rates.decode)],
+		["KV in use", percent(used)],
+		["prefix hits", percent(rates.hit)],
+		["first token, p50 / p99", duration(rates.ttft[0]), rates.ttft[0] != null && `/ ${duration(rates.ttft[1])}`],
+		["between tokens, p50 / p99", duration(rates.itl[0]), rates.itl[0] != null && `/ ${duration(rates.itl[1])}`],
+	]);
+	readStep();
+	const known = map.draw(kv, facts.numBlocks), named = name => (kv.states || name === "free" ? name : "in use");
+	$("blocks-legend").replaceChildren(...legend(known.map(([name, number]) => [name, `${named(name)} ${count(number)}`])));
+	$("blocks").setAttribute("aria-label", `KV block map: ${known.map(([name, number]) => `${count(number)} ${named(name)}`).join(", ")}`);
+	if (!$("blocks").matches(":hover")) readBlocks("");
+	$("queue-count").textContent = view.numWaiting ? count(view.numWaiting) : "";
+	$("running-count").textContent = view.numRunning ? count(view.numRunning) : "";
+	table($("queue"), ["Request", "Why it waits", "Waited"], view.waiting.map(each =>
+		[link(each), each.reason, duration(each.waited)]),
+	"Nobody waits. What cannot start at once is listed here with its reason.");
+	table($("running"), ["Request", "Computed", "Tokens"], view.running.map(each => [link(each),
+		computed(each), count(each.tokens)]),
+	"Nothing runs. Send something from the playground and watch it here.");
 }
 
 function tiles(entries) {
-  const box = $("tiles");
-  if (box.children.length !== entries.length) {
-    box.replaceChildren(...entries.map(([name]) => el("div", { class: "tile" }, el("b"), el("span", { text: name }))));
-  }
-  entries.forEach(([, value, note], i) => box.children[i].firstChild.replaceChildren(value, note ? el("small", { text: ` ${note}` }) : ""));
+	const box = $("tiles");
+	if (box.children.length !== entries.length) {
+		box.replaceChildren(...entries.map(([name]) => el("div", { class: "tile" }, el("b"), el("span", { text: name }))));
+	}
+	entries.forEach(([, value, note], i) => box.children[i].firstChild.replaceChildren(value, note ? el("small", { text: ` ${note}` }) : ""));
 }
 
 const link = ({ id, choice }) => el("a", { class: "id", title: id, href: `#requests/${encodeURIComponent(id)}`, text: choice ? `${choice + 1} of ${id}` : id });
 
 function computed({ tokens, computed }) {
-  const bar = el("i"), box = el("span", { class: "part", role: "img", "aria-label": `${count(computed)} of ${count(tokens)} tokens computed`, title: `${count(computed)} of ${count(tokens)} tokens computed` }, bar);
-  bar.style.width = `${(100 * computed) / tokens}%`;
-  return box;
+	const bar = el("i");
+	bar.style.width = `${(100 * computed) / tokens}%`;
+	return el("span", { class: "part", role: "img", ariaLabel: `${count(computed)} of ${some(tokens, "token")}` }, bar);
 }
 
 const MAX_ROWS = 200;
 
 function table(box, head, rows, nothing) {
-  if (!rows.length) {
-    if (box.firstChild?.className !== "nothing") box.replaceChildren(el("p", { class: "nothing", text: nothing }));
-    return;
-  }
-  const focused = box.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-  const cell = (tag, content, i) => el(tag, { class: i === head.length - 1 ? "number" : "" }, content);
-  box.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, ...head.map((text, i) => cell("th", text, i)))),
-    el("tbody", {}, ...rows.slice(0, MAX_ROWS).map(row => el("tr", {}, ...row.map((content, i) => cell("td", content, i)))))),
-  rows.length > MAX_ROWS ? el("p", { class: "nothing", text: `and ${count(rows.length - MAX_ROWS)} more` }) : "");
-  if (focused) [...box.querySelectorAll("a")].find(each => each.getAttribute("href") === focused)?.focus();
+	if (!rows.length) {
+		if (box.firstChild?.className !== "nothing") box.replaceChildren(el("p", { class: "nothing", text: nothing }));
+		return;
+	}
+	const focused = box.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+	const line = (tag, cells) => el("tr", {}, ...cells.map(content => el(tag, {}, content)));
+	box.replaceChildren(el("table", {}, el("thead", {}, line("th", head)), el("tbody", {}, ...rows.slice(0, MAX_ROWS).map(row => line("td", row)))),
+	rows.length > MAX_ROWS ? el("p", { class: "nothing", text: `and ${count(rows.length - MAX_ROWS)} more` }) : "");
+	if (focused) [...box.querySelectorAll("a")].find(each => each.getAttribute("href") === focused)?.focus();
 }
 
 function readStep() {
-  const step = timeline.draw(view, Number($("window").value));
-  const parts = step && [`Step ${count(step.step)}`, duration(step.end - step.start), some(step.numSeqs, "sequence"),
-    `${count(step.prefill)} prefill and ${count(step.decode)} decode tokens`, `${count(step.waiting)} waiting`,
-    step.execute && `scheduled in ${duration(step.execute - step.start)}, ran ${duration(step.update - step.execute)}, told in ${duration(step.end - step.update)}`,
-    step.failed && `failed: ${step.failed}`];
-  const text = parts ? parts.filter(Boolean).join(" · ") : HINT;
-  if ($("step-readout").textContent !== text) $("step-readout").textContent = text;
+	const step = timeline.draw(view, Number($("window").value));
+	const parts = step && [`Step ${count(step.step)}`, duration(step.end - step.start), some(step.numSeqs, "sequence"),
+		`${count(step.prefill)} prefill and ${count(step.decode)} decode tokens`, `${count(step.waiting)} waiting`,
+		step.execute && `scheduled in ${duration(step.execute - step.start)}, ran ${duration(step.update - step.execute)}, told in ${duration(step.end - step.update)}`,
+		step.failed && `failed: ${step.failed}`];
+	const text = parts ? parts.filter(Boolean).join(" · ") : HINT;
+	if ($("step-readout").textContent !== text) $("step-readout").textContent = text;
 }
 
 function readBlocks(at) {
-  const { facts, kv } = view, text = at || `${some(facts.numBlocks, "block")} of ${some(facts.blockSize, "token")}.${kv.states ? "" : " Counted only: which is where was not recorded here."}${view.origin == null || !kv.states ? "" : ` As of ${(kv.at - view.origin).toFixed(2)} s.`}`;
-  $("blocks-readout").textContent = text;
+	const { facts, kv, origin } = view, recorded = kv.states ? `As of ${(kv.at - origin).toFixed(2)} s.` : "Counted only: which is where was not recorded here.";
+	$("blocks-readout").textContent = at || `${some(facts.numBlocks, "block")} of ${some(facts.blockSize, "token")}. ${origin == null ? "" : recorded}`;
 }
 
-$("timeline").addEventListener("pointermove", event => {
-  if (!view) return;
-  timeline.selectAt(event.clientX);
-  readStep();
+on("timeline", "pointermove", event => {
+	if (!view) return;
+	timeline.selectAt(event.clientX);
+	readStep();
 });
-$("timeline").addEventListener("pointerleave", () => {
-  timeline.selected = null;
-  if (view) readStep();
+on("timeline", "pointerleave", () => {
+	timeline.selected = null;
+	if (view) readStep();
 });
-$("timeline").addEventListener("keydown", event => {
-  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!view || (!by && event.key !== "Escape")) return;
-  event.preventDefault();
-  if (by) timeline.move(by);
-  else timeline.selected = null;
-  readStep();
+on("timeline", "keydown", event => {
+	const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+	if (!view || (!by && event.key !== "Escape")) return;
+	event.preventDefault();
+	if (by) timeline.move(by);
+	else timeline.selected = null;
+	readStep();
 });
-$("blocks").addEventListener("pointermove", event => view && readBlocks(map.at(event.clientX, event.clientY)));
-$("blocks").addEventListener("pointerleave", () => view && readBlocks(""));
-$("freeze").addEventListener("click", () => {
-  frozen = !frozen;
-  $("freeze").setAttribute("aria-pressed", frozen);
+on("blocks", "pointermove", event => view && readBlocks(map.at(event)));
+on("blocks", "pointerleave", () => view && readBlocks(""));
+on("freeze", "click", () => {
+	frozen = !frozen;
+	$("freeze").setAttribute("aria-pressed", frozen);
 });
-$("window").addEventListener("change", draw);
+on("window", "change", draw);
 new ResizeObserver(draw).observe($("live"));
-onScheme(draw);
+document.addEventListener("scheme", draw);
