@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -15,7 +16,7 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError, EngineDeadError, RequestError
 from octavo.engine.events import EventKind, RequestEvent, StepEvent
 from octavo.engine.llm import LLM
-from octavo.engine.process.thread import ThreadLink
+from octavo.engine.process.thread import MAX_UNREAD, ThreadLink
 from octavo.engine.step import FinishReason
 
 from .conftest import check_canary, collect, expected, run, start
@@ -275,6 +276,44 @@ def test_a_busy_event_loop_makes_no_slow_readers() -> None:
         rest = [len(answer.outputs[0].token_ids) async for answer in answers]
         assert rest[0] >= 30
         assert rest[-1] == 200
+        await llm.shutdown()
+
+    run(main())
+
+
+def test_an_engine_on_a_thread_waits_for_its_front() -> None:
+    async def main() -> None:
+        llm = await start()
+        answers = llm.generate([1, 2], llm.params(LONG))
+        await anext(answers)
+        assert isinstance(llm._link, ThreadLink)
+        unread = llm._link._outbox._unread
+        while len(unread) < MAX_UNREAD:
+            assert llm._link._thread.is_alive()
+        until_s = time.monotonic() + 0.2
+        while time.monotonic() < until_s:  # enough for many a step
+            assert len(unread) == MAX_UNREAD
+        assert [answer async for answer in answers][-1].outputs[0].token_ids == expected([1, 2], 200, 1)
+        await llm.shutdown()
+
+    run(main())
+
+
+@BOTH
+def test_a_stop_string_ends_the_sequence_in_the_engine(in_process: bool) -> None:
+    async def main() -> None:
+        llm = await start(in_process, settings={"max_model_len": 4000})
+        tokens = expected([1, 2], 3000, 1)
+        stop = "".join(chr(33 + token) for token in tokens[20:24])
+        for stream in (True, False):
+            params = {"seed": 1, "max_tokens": 3000, "stop": stop}
+            choice = (await collect(llm, [1, 2], params=params, stream=stream)).outputs[0]
+            assert choice.token_ids == tokens[:24]
+            assert choice.text == "".join(chr(33 + token) for token in tokens[:20])
+            assert (choice.finish_reason, choice.stop_reason) == (FinishReason.STOP, stop)
+            last = llm.ring.events[-1]
+            assert (last.kind, last.detail, last.num_tokens) == (EventKind.FINISHED, "stop", 24)
+        assert llm.ring.num_steps < 1000
         await llm.shutdown()
 
     run(main())
