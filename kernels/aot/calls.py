@@ -31,7 +31,7 @@ from .. import (
 from ..attention import SPLIT_TOKENS, SharedPrefixes
 from ..common.checks import check_choice
 from ..dispatch import OPS
-from ..sampling import AllowedTokens, BannedTokens, LogitBias, Penalties, SampleParams
+from ..sampling import AllowedTokens, BannedTokens, LogitBias, Penalties, SampleOutput, SampleParams
 from .targets import Model
 
 __all__ = ["Call", "Settings", "engine_calls", "missing_ops"]
@@ -287,14 +287,16 @@ def _decode_calls(model: Model, settings: Settings) -> Iterator[Call]:
             )  # fmt: skip
 
 
-def sample_call(model: Model, num_seqs: int, features: frozenset[str]) -> Call:
-    """Return the sampling of a step whose rows ask for these features together."""
+def sample_call(model: Model, num_seqs: int, features: frozenset[str], start: int = 0) -> Call:
+    """Return the sampling of a step whose rows ask for these features together, and lie behind `start` others."""
+
+    def each(dtype: torch.dtype) -> Tensor:
+        return empty(start + num_seqs, dtype=dtype)[start:]
 
     def rows(dtype: torch.dtype, *names: str) -> Tensor | None:
-        return empty(num_seqs, dtype=dtype) if features & set(names) else None
+        return each(dtype) if features & set(names) else None
 
-    index, seen = empty(num_seqs, dtype=torch.int64), empty(num_seqs, 256)
-    number = empty(num_seqs, dtype=torch.float32)
+    index, number, seen = each(torch.int64), each(torch.float32), empty(num_seqs, 256)
     drawn = ("temperature", "top_k", "top_p", "min_p")
     params = SampleParams(
         num_valid_ids=model.num_valid_ids,
@@ -314,13 +316,14 @@ def sample_call(model: Model, num_seqs: int, features: frozenset[str]) -> Call:
     )
     logits = empty(num_seqs, model.vocab_size, dtype=getattr(torch, model.dtype))
     label = ", ".join(sorted(features)) or "greedy"
-    return Call("sample", label, lambda: sample(logits, params))
+    out = SampleOutput(each(torch.int64), each(torch.bool))
+    return Call("sample", label, lambda: sample(logits, params, out=out))
 
 
-def logprobs_call(model: Model, num_rows: int, num_top: int) -> Call:
-    """Return the log-probabilities of some rows over the ids that a tokenizer has."""
+def logprobs_call(model: Model, num_rows: int, num_top: int, start: int = 0) -> Call:
+    """Return the log-probabilities of some rows, behind `start` others, over the ids that a tokenizer has."""
     logits = empty(num_rows, model.vocab_size, dtype=getattr(torch, model.dtype))[:, : model.num_valid_ids]
-    chosen = empty(num_rows, dtype=torch.int64)
+    chosen = empty(start + num_rows, dtype=torch.int64)[start:]
     return Call("log_softmax_top", f"top {num_top}", lambda: log_softmax_top(logits, num_top, chosen))
 
 

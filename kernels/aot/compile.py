@@ -4,11 +4,13 @@ wanted of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -16,11 +18,12 @@ from typing import Any
 
 import triton
 
+from ... import kernels
 from . import sass
 from .driver import Launch, fake_driver
 from .targets import GPUS, Gpu
 
-__all__ = ["compile_all", "compile_variant", "default_cache"]
+__all__ = ["compile_all", "compile_variant", "default_cache", "find_kernel", "hash_kernels"]
 
 
 def default_cache() -> Path:
@@ -28,9 +31,29 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo" / "aot"
 
 
+@functools.cache
+def hash_kernels() -> None:
+    """Let Triton hash every kernel, in one order, so that processes that share its cache find each other's results.
+
+    Its hash of a kernel (3.7) counts the constants of a function that it calls only if that function has been hashed
+    before: by itself, it would depend on what else a process has compiled.
+    """
+    for found in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        if found.name.endswith("_triton"):
+            for function in vars(importlib.import_module(found.name)).values():
+                if isinstance(function, triton.JITFunction):
+                    function.cache_key  # noqa: B018
+
+
+def find_kernel(launch: Launch) -> Any:
+    """Return the kernel that a variant is of, hashed as in every other process."""
+    hash_kernels()
+    return getattr(importlib.import_module(launch.module), launch.kernel)
+
+
 def _key(launch: Launch) -> str:
     """Return a name that changes with all that the facts depend on: kernel sources, compiler, how we read."""
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    kernel = find_kernel(launch)
     reader = Path(sass.__file__).read_bytes()
     parts = (
         triton.__version__,
@@ -48,7 +71,7 @@ def compile_variant(launch: Launch) -> Any:
     Returns:
         Triton's compiled kernel, which it also keeps in its cache on disk.
     """
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    kernel = find_kernel(launch)
     # Compiling asks a driver for the architecture alone; where there is no such card, all cards of it would do.
     arch = int(launch.target.removeprefix("sm_"))
     with fake_driver(Gpu(arch, launch.target, num_sms=1, shared_bytes=0)):

@@ -11,7 +11,6 @@ find what was loaded, and that this process finds what others have compiled; loa
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from triton import knobs
 from ..common.compiled import COMPILED
 from ..common.launch import target
 from .calls import Settings
+from .compile import find_kernel
 from .driver import Launch
 from .keys import list_variants
 from .targets import Gpu, Model
@@ -98,7 +98,7 @@ def _load(launch: Launch) -> bool:
         if following is not None:
             following(cache_hit=cache_hit, **event)
 
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    kernel = find_kernel(launch)
     following, knobs.compilation.listener = knobs.compilation.listener, listener
     try:
         compiled = kernel.preload(launch.specialization)

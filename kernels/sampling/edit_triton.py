@@ -20,7 +20,7 @@ __all__ = ["edit_logits"]
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_rows"])
 def _forbid_kernel(
     p_x, p_rows, p_bitmask, STRIDE: tl.constexpr, MASK_STRIDE: tl.constexpr, NUM_IDS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -37,7 +37,7 @@ def _forbid_kernel(
     tl.store(p_x + i_row * STRIDE + o_id, tl.full((BLOCK,), float("-inf"), tl.float32), mask=m_forbidden)
 
 
-@triton.jit(do_not_specialize=["num_entries"])
+@triton.jit(do_not_specialize=["num_entries"], do_not_specialize_on_alignment=["p_rows", "p_token_ids", "p_values"])
 def _entries_kernel(
     p_x, p_rows, p_token_ids, p_values, num_entries, STRIDE: tl.constexpr, NUM_IDS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -58,7 +58,10 @@ def _entries_kernel(
     tl.store(p_entry, b_x, mask=m_entry)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(
+    do_not_specialize=["capacity"],
+    do_not_specialize_on_alignment=["p_rows", "p_repetition", "p_presence", "p_frequency", "p_state_rows"],
+)
 def _penalise_kernel(
     p_x,
     p_rows,

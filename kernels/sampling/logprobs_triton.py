@@ -32,7 +32,7 @@ from .rank_triton import (
 __all__ = ["log_softmax_top"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_token_ids"])
 def _sum_kernel(
     p_logits,
     p_token_ids,

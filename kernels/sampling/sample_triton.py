@@ -64,7 +64,8 @@ def _inverse(temperature):
     return tl.minimum(tl.math.div_rn(1.0, temperature), _MAX_FLOAT)
 
 
-@triton.jit
+# Numbers of single rows are read one by one: their tensors may begin anywhere, as a slice of a step's does.
+@triton.jit(do_not_specialize_on_alignment=["p_temperature", "p_seed", "p_choice", "p_position"])
 def _scan_kernel(
     p_logits,
     p_copy,
@@ -184,7 +185,11 @@ def _draw_kept(
     return i_candidate
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "p_temperature", "p_top_k", "p_top_p", "p_seed", "p_choice", "p_position", "p_token_ids", "p_failed",
+    ]
+)  # fmt: skip
 def _choose_kernel(
     p_logits,
     p_best,

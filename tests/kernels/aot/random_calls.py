@@ -54,8 +54,9 @@ def random_calls(model: Model, settings: Settings, rng: random.Random) -> Iterat
     names = (*calls.FILTERS, *calls.ENTRIES, "temperature")
     features = frozenset(name for name in names if rng.random() < 0.3)
     num_rows = size(settings.max_num_seqs)
-    yield calls.sample_call(model, num_rows, features)
-    yield calls.logprobs_call(model, num_rows, rng.choice((0, 1, 5, 20, rng.randint(0, 20))))
+    start = rng.choice((0, rng.randint(1, 20)))
+    yield calls.sample_call(model, num_rows, features, start)
+    yield calls.logprobs_call(model, num_rows, rng.choice((0, 1, 5, 20, rng.randint(0, 20))), start)
 
 
 def launched(model: Model, settings: Settings, num_steps: int, seed: int) -> dict[Launch, None]:
@@ -75,12 +76,13 @@ def despecialized(model: Model, settings: Settings, known: set[Launch], num_step
     for (module, name), names in sorted(given.items()):
         kernel: Any = getattr(importlib.import_module(module), name)
         for parameter in kernel.params:
-            if parameter.do_not_specialize and parameter.name in names:
-                parameter.do_not_specialize = False
-                kernel.device_caches.clear()
-                found[f"{name}.{parameter.name}"] = len(launched(model, settings, num_steps, seed).keys() - known)
-                parameter.do_not_specialize = True
-                kernel.device_caches.clear()
+            for rule in ("do_not_specialize", "do_not_specialize_on_alignment"):
+                if getattr(parameter, rule) and parameter.name in names:
+                    setattr(parameter, rule, False)
+                    kernel.device_caches.clear()
+                    found[f"{name}.{parameter.name}"] = len(launched(model, settings, num_steps, seed).keys() - known)
+                    setattr(parameter, rule, True)
+                    kernel.device_caches.clear()
     return found
 
 
