@@ -90,6 +90,13 @@ def test_an_output_ends_where_nothing_can_follow(llm: LLM) -> None:
         assert len(choice.text) == 3
 
 
+@pytest.mark.parametrize("params", [{"allowed_token_ids": [A]}, {"allowed_token_ids": [A, EOS], "min_tokens": 9}])
+def test_an_output_that_is_complete_ends_rather_than_fails(params: dict[str, Any], llm: LLM) -> None:
+    """Something could follow, but is not allowed, and nor is a stop token."""
+    choice = answer(llm, {"regex": "ab?"}, **params)
+    assert (choice.finish_reason, choice.token_ids, choice.text) == (FinishReason.STOP, [A], "a")
+
+
 def test_an_output_that_may_end_does_so_by_a_stop_token(llm: LLM) -> None:
     choice = answer(llm, {"regex": "[ab]*"}, logit_bias={EOS: 4.0})
     assert choice.finish_reason is FinishReason.STOP
