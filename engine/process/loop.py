@@ -177,6 +177,7 @@ class EngineLoop:
                 if last is not None:
                     self._outputs.append(last)
             case Call():
+                self._tell()  # what came before the answer is known before it
                 self._outbox.send(Reply(message.call_id, self._answer(message)))
             case Shutdown():
                 self._serving = False

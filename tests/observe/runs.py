@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from octavo.engine.config import FaultConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.events import EventKind, Recorder, RequestEvent, StepEvent
 from octavo.engine.runner.fake_runner import FakeRunner
@@ -82,7 +83,8 @@ class Run:
 def busy_run(*recorders: Recorder, num_requests: int = 40, seed: int = 0) -> Run:
     """Run requests that share prefixes in a pool that is too small, some aborted, cut, failed, in several choices."""
     log, rng = Log(*recorders), Random(seed)
-    core = make_core(log)
+    # Now and then a row is taken for nothing, and given back to the same sequence within the step.
+    core = make_core(log, faults=FaultConfig(preempt_every=13))
     run = Run(core, log)
     runner = core.runner
     assert isinstance(runner, FakeRunner)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from octavo.engine.events import RequestEvent, StepEvent
+from octavo.engine.events import EventKind, RequestEvent, StepEvent, WaitReason
 from octavo.engine.observe.explain import explain, summaries
 from octavo.engine.observe.history import HeadWaits, StepTable, lives
 from octavo.engine.observe.ring import EventRing
@@ -49,6 +49,10 @@ def test_every_number_of_every_request_equals_the_log(ring_and_run: tuple[EventR
         assert num_run == sum(chunks["num_tokens"]) + num_decoded
         assert set(zip(chunks["step"], chunks["num_tokens"], strict=True)) <= set(told.entries)
         num_chunks += len(chunks["step"])
+        num_owed = sum(event.num_tokens - event.num_cached_tokens for event in told.admitted)
+        if told.token_times and not told.preempted:
+            assert sum(chunks["num_tokens"]) == num_owed
+        assert sum(chunks["num_tokens"]) <= num_owed
         if told.admitted:
             first = told.admitted[0]
             assert choice["cached_tokens"] == first.num_cached_tokens
@@ -174,6 +178,32 @@ def test_reasons_share_the_time_of_the_queue() -> None:
         assert one.event.time_s <= one.end_s <= other.event.time_s
     whole = HeadWaits(e for e in busy.log.events if isinstance(e, RequestEvent)).between(0.0, 1e6)
     assert sum(whole.values()) == pytest.approx(1e6)
+
+
+def test_reasons_by_hand() -> None:
+    def event(kind: EventKind, time_s: float, request_id: str, detail: str = "") -> RequestEvent:
+        return RequestEvent(kind, time_s, 0, request_id, 0, detail=detail)
+
+    waits = HeadWaits(
+        [
+            event(EventKind.ARRIVED, 0.0, "a"),
+            event(EventKind.WAITS, 1.0, "a", WaitReason.NO_ROW),
+            event(EventKind.FINISHED, 2.0, "b"),
+            event(EventKind.WAITS, 4.0, "a", WaitReason.NO_BLOCKS),
+            event(EventKind.ADMITTED, 8.0, "a"),
+            event(EventKind.WAITS, 16.0, "c", WaitReason.NO_BLOCKS),
+            event(EventKind.FINISHED, 32.0, "c"),
+            event(EventKind.WAITS, 64.0, "d", WaitReason.PREFIX),
+        ]
+    )
+    arrived = WaitReason.NEXT_STEP
+    assert waits.between(0.0, 8.0) == {WaitReason.NO_BLOCKS: 4.0, WaitReason.NO_ROW: 3.0, arrived: 1.0}
+    assert list(waits.between(0.0, 8.0)) == [WaitReason.NO_BLOCKS, WaitReason.NO_ROW, arrived]
+    assert waits.between(2.0, 5.0) == {WaitReason.NO_ROW: 2.0, WaitReason.NO_BLOCKS: 1.0}
+    assert waits.between(7.0, 20.0) == {arrived: 8.0, WaitReason.NO_BLOCKS: 5.0}
+    assert waits.between(33.0, 40.0) == {arrived: 7.0}
+    assert waits.between(60.0, 70.0) == {WaitReason.PREFIX: 6.0, arrived: 4.0}
+    assert waits.between(50.0, 50.0) == {arrived: 0.0}
 
 
 def test_a_line_for_each_request(ring_and_run: tuple[EventRing, Run]) -> None:
