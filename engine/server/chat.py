@@ -11,8 +11,6 @@ import msgspec
 from ..errors import RequestError, describe
 from ..sampling_params import SamplingParams
 from ..step import CompletionOutput, FinishReason, RequestOutput
-from ..text.tool_calls import CallDelta, TextDelta, ToolStream
-from ..text.tools import ToolSession
 from .body import read_object
 from .constraints import Constraints
 from .context import Context, EncodedPrompt, check_model, encode_messages
@@ -20,6 +18,7 @@ from .exchange import Exchange, Receive, Scope, Send
 from .fields import CHAT, read_fields
 from .generation import Progress, Work, answer, answer_head, check_streaming, usage
 from .logprobs import TokenTexts, chat_logprobs, prompt_logprobs
+from .message import Delta, MessageReader, whole_message
 from .sse import event
 
 __all__ = ["Chat"]
@@ -38,15 +37,9 @@ class _Options:
     return_token_ids: bool
 
 
-class _Delta(msgspec.Struct, omit_defaults=True):
-    role: str | None = None
-    content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-
-
 class _ChunkChoice(msgspec.Struct):
     index: int
-    delta: _Delta
+    delta: Delta
     logprobs: dict[str, Any] | None
     finish_reason: str | None
     stop_reason: int | str | msgspec.UnsetType | None = msgspec.UNSET
@@ -85,7 +78,11 @@ class Chat:
             default_max_tokens=None,
             stream=stream,
         )
-        form = _ChatAnswer(context, work, options, self._texts, session)
+        prompt_end = None
+        if context.llm.tokenizer is not None and context.llm.chat_template.thinks:
+            prompt_end = context.llm.tokenizer.decode(token_ids[-8:], skip_special_tokens=False)
+        readers = [MessageReader(session, prompt_end) for _ in range(params.n)]
+        form = _ChatAnswer(context, work, options, self._texts, readers)
         with constraints.named():
             await answer(context, scope, receive, send, work, form)
 
@@ -120,10 +117,15 @@ class _ChatAnswer:
     """OpenAI's chat.completion objects and chunks."""
 
     def __init__(
-        self, context: Context, work: Work, options: _Options, texts: TokenTexts, session: ToolSession | None
+        self,
+        context: Context,
+        work: Work,
+        options: _Options,
+        texts: TokenTexts,
+        readers: Sequence[MessageReader],
     ) -> None:
         self._options = options
-        self._calls = [None if session is None else session.stream() for _ in range(work.params.n)]
+        self._readers = readers
         self._texts = texts
         self._head = answer_head(context, work.answer_id, "chat.completion")
         self._chunk_head = self._head | {"object": "chat.completion.chunk"}
@@ -134,11 +136,12 @@ class _ChatAnswer:
         self._prompt_token_ids = work.prompts[0].token_ids
 
     def opening(self) -> bytes:
-        """Return the chunks that say who speaks."""
-        return b"".join(
-            self._chunk(_ChunkChoice(index, _Delta("assistant", ""), None, None))
-            for index in range(len(self._progress))
-        )
+        """Return the chunk that says who speaks."""
+        speakers = [_ChunkChoice(index, Delta("assistant", ""), None, None) for index in range(len(self._progress))]
+        opening = self._chunk_head | {"choices": speakers}
+        if self._options.return_token_ids:
+            opening["prompt_token_ids"] = self._prompt_token_ids
+        return event(opening | ({"usage": None} if self._options.include_usage else {}))
 
     def news(self, prompt: int, output: RequestOutput) -> bytes:
         """Return the chunks of each choice that has something new."""
@@ -150,20 +153,12 @@ class _ChatAnswer:
         return chunks
 
     def _news_of(self, choice: CompletionOutput, sent: Progress) -> bytes:
-        options, first = self._options, sent.num_tokens
-        text, calls = choice.text[sent.num_chars :], self._calls[choice.index]
+        options, first, reader = self._options, sent.num_tokens, self._readers[choice.index]
         finished = choice.finish_reason is not None
-        if calls is None:
-            deltas = [_Delta(content=text)] if text else []
-        else:
-            pieces = calls.feed(text) + (calls.finish() if finished else [])
-            deltas = [
-                _Delta(content=piece.text) if isinstance(piece, TextDelta) else _Delta(tool_calls=[_call_piece(piece)])
-                for piece in pieces
-            ]
+        deltas = reader.feed(choice.text[sent.num_chars :], is_last=finished)
         tells_tokens = options.num_top is not None or options.return_token_ids
         if not deltas and tells_tokens and len(choice.token_ids) > first:
-            deltas = [_Delta(content="")]
+            deltas = [Delta(content="")]
         chunks = [_ChunkChoice(choice.index, delta, None, None) for delta in deltas]
         if chunks and options.num_top is not None:
             chunks[0].logprobs = self._logprobs(choice, first)
@@ -171,8 +166,8 @@ class _ChatAnswer:
             chunks[0].token_ids = choice.token_ids[first:]
         if finished:
             sent.finished = True
-            reason = _finish_reason(choice, calls)
-            chunks.append(_ChunkChoice(choice.index, _Delta(), None, reason, stop_reason=choice.stop_reason))
+            reason = _finish_reason(choice, reader)
+            chunks.append(_ChunkChoice(choice.index, Delta(), None, reason, stop_reason=choice.stop_reason))
         sent.num_chars = len(choice.text)
         sent.num_tokens = len(choice.token_ids)
         return b"".join(map(self._chunk, chunks))
@@ -199,20 +194,13 @@ class _ChatAnswer:
         return whole
 
     def _whole_choice(self, choice: CompletionOutput) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        calls = self._calls[choice.index]
-        if calls is not None:
-            pieces = calls.feed(choice.text) + calls.finish()
-            text = "".join(piece.text for piece in pieces if isinstance(piece, TextDelta))
-            if calls.num_calls:
-                message |= {"content": text or None, "tool_calls": _whole_calls(pieces)}
-            else:
-                message["content"] = text
+        reader = self._readers[choice.index]
+        message = whole_message(reader.feed(choice.text, is_last=True))
         whole: dict[str, Any] = {
             "index": choice.index,
             "message": message,
             "logprobs": None if self._options.num_top is None else self._logprobs(choice, 0),
-            "finish_reason": _finish_reason(choice, calls),
+            "finish_reason": _finish_reason(choice, reader),
             "stop_reason": choice.stop_reason,
         }
         if self._options.return_token_ids:
@@ -227,26 +215,7 @@ class _ChatAnswer:
         return self._opening + _encode(choice) + self._ending
 
 
-def _finish_reason(choice: CompletionOutput, calls: ToolStream | None) -> str | None:
+def _finish_reason(choice: CompletionOutput, reader: MessageReader) -> str | None:
     """Return OpenAI's reason: an answer that ended by itself and calls something waits for the results."""
-    called = calls is not None and calls.num_calls > 0
-    return "tool_calls" if called and choice.finish_reason is FinishReason.STOP else choice.finish_reason
-
-
-def _call_piece(piece: CallDelta) -> dict[str, Any]:
-    if piece.name is None:
-        return {"index": piece.index, "function": {"arguments": piece.arguments}}
-    function = {"name": piece.name, "arguments": piece.arguments}
-    return {"index": piece.index, "id": piece.call_id, "type": "function", "function": function}
-
-
-def _whole_calls(pieces: Sequence[TextDelta | CallDelta]) -> list[dict[str, Any]]:
-    calls: list[dict[str, Any]] = []
-    for piece in pieces:
-        if isinstance(piece, TextDelta):
-            continue
-        if piece.name is not None:
-            function = {"name": piece.name, "arguments": ""}
-            calls.append({"id": piece.call_id, "type": "function", "function": function})
-        calls[piece.index]["function"]["arguments"] += piece.arguments
-    return calls
+    called = reader.has_called and choice.finish_reason is FinishReason.STOP
+    return "tool_calls" if called else choice.finish_reason

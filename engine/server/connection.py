@@ -18,6 +18,29 @@ from .settings import Limits
 
 __all__ = ["Connection", "connection_class"]
 
+CRUMB_BYTES = 32
+MAX_CRUMBS = 1024
+"""Pieces of a body that may be smaller than `CRUMB_BYTES` on average."""
+
+
+class _Parser(h11.Connection):
+    """h11, but for bodies in crumbs: a chunk of one byte costs as much time as one of many thousands."""
+
+    def __init__(self, max_incomplete_event_size: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size)
+        self._num_pieces = self._num_bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_pieces = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._num_pieces += 1
+            self._num_bytes += len(event.data)
+            if self._num_pieces > MAX_CRUMBS and self._num_bytes < CRUMB_BYTES * self._num_pieces:
+                raise h11.RemoteProtocolError("the body comes in too many small pieces", 400)
+        return event
+
 
 class Connection(H11Protocol):
     """uvicorn's connection with a time for headers, bodies and writes."""
@@ -26,6 +49,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = _Parser(self.limits.header_bytes)
         self._reading: asyncio.TimerHandle | None = None
         self._awaited: type | None = None
         """The state of the client that the timer ends: before the end of its headers, or of its body."""
@@ -69,7 +93,9 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP; uvicorn calls this while it handles h11's exception, which knows the status."""
         error = sys.exc_info()[1]
-        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        status = 400
+        if isinstance(error, h11.RemoteProtocolError):
+            status, msg = error.error_status_hint, f"this is no HTTP that is understood here: {error}"
         if status == 431:
             msg = f"the headers are too large; allowed: {self.limits.header_bytes} bytes"
         self._refuse(HTTPError(status, msg))

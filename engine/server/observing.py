@@ -44,6 +44,9 @@ class Live:
         """Serve one watcher."""
         if self._num_watchers == _NUM_WATCHERS:
             raise HTTPError(429, f"{_NUM_WATCHERS} watch already", headers=[("retry-after", "5")])
+        if scope["method"] == "HEAD":
+            await send_response(send, 200, b"", "text/event-stream; charset=utf-8")
+            return
         context = self._context
         feed = LiveFeed(context.ring, context.metrics)
         stream = EventStream(send, context.settings.limits.ping_s)

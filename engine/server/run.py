@@ -25,6 +25,7 @@ __all__ = ["Server", "bind", "run_server"]
 _WATCH_S = 0.25
 _LAST_WORDS_S = 2.0
 """For clients to read how their streams ended."""
+_SEND_BUFFER_BYTES = 1 << 18
 _LOG = logging.getLogger("octavo.server")
 
 
@@ -38,6 +39,8 @@ def bind(settings: ServerSettings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. By itself the kernel keeps megabytes for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.bind((settings.host, settings.port))
         listener.listen(2048)
     except OSError as error:

@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 
 from ..errors import CheckpointError, RequestError
 from ..strict_json import parse_json
+from .reasoning import thinks
 from .template_sandbox import BoundedEnvironment, TemplateLimits, TemplateRefusalError
 from .tokenizer import Tokenizer
 from .tool_calls import CLOSE, OPEN, ToolFormat
@@ -84,6 +85,8 @@ class ChatTemplate:
             raise CheckpointError("chat template", f"does not compile: {str(error)[:500]}") from error
         self._guard = _Guard(tokenizer)
         self.tool_format: ToolFormat = tool_format or detect_tool_format(source)
+        self.thinks = thinks(source)
+        """Whether the model marks its thoughts; see `ReasoningStream`."""
         self.renders_tools = re.search(r"\btools\b", source) is not None
         """Else tools are described in a system message, and calls and their results are messages' text."""
 

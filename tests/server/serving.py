@@ -104,6 +104,7 @@ def serving(
     *,
     factory: str | None = FAKE_ENGINE,
     max_unread: int = 256,
+    chat_template: str | None = None,
 ) -> Iterator[Running]:
     """Serve for as long as the block lasts.
 
@@ -111,13 +112,13 @@ def serving(
         settings: of the server; the port is 0 whatever they say.
         engine: settings of the engine.
         factory: who builds the engine; None: from the model that `engine` names.
-        max_unread: see `AsyncLLM.start`.
+        max_unread, chat_template: see `AsyncLLM.start`.
     """
     started: list[Running] = []
     is_ready, failure = threading.Event(), []
 
     async def run() -> None:
-        async with started_llm(engine, factory=factory, max_unread=max_unread) as llm:
+        async with started_llm(engine, factory, max_unread=max_unread, chat_template=chat_template) as llm:
             server = Server(llm, settings or ServerSettings(port=0))
             started.append(Running(asyncio.get_running_loop(), llm, server))
             await server.run(lambda url: is_ready.set())
@@ -149,12 +150,13 @@ def serving(
 
 @asynccontextmanager
 async def started_llm(
-    engine: dict[str, Any] | None = None, *, factory: str | None = FAKE_ENGINE, max_unread: int = 256
+    engine: dict[str, Any] | None = None, factory: str | None = FAKE_ENGINE, **options: Any
 ) -> AsyncGenerator[AsyncLLM, None]:
     """Run an engine on a thread for as long as the block lasts."""
     config = EngineConfig.from_settings(FAKE_SETTINGS | (engine or {}))
-    options = {} if factory is None else {"engine_factory": factory}
-    llm = await AsyncLLM.start(config, in_process=True, max_unread=max_unread, **options)  # type: ignore[arg-type]
+    if factory is not None:
+        options["engine_factory"] = factory
+    llm = await AsyncLLM.start(config, in_process=True, **options)
     try:
         yield llm
     finally:

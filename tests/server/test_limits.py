@@ -71,6 +71,16 @@ def test_huge_body_is_refused_before_it_is_read(impatient: Running) -> None:
         assert read_response(sock).status == 413
 
 
+def test_body_in_crumbs(fake: Running) -> None:
+    """One-byte chunks cost more to take apart than to send."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    response = send(fake, head + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 3000)
+    assert response.status == 400
+    assert "pieces" in response.error["message"]
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in b'{"prompt": "a", "max_tokens": 1}') + b"0\r\n\r\n"
+    assert send(fake, head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks).status == 200
+
+
 def test_large_headers(fake: Running) -> None:
     many = {f"X-{index}": "1" for index in range(101)}
     assert get(fake, "/livez", many).status == 431
@@ -173,7 +183,9 @@ def _read_until(sock: socket.socket, mark: bytes) -> bytes:
 
 
 def test_reader_that_does_not_drain(impatient: Running) -> None:
-    with _streaming(impatient, 1 << 19, receive_bytes=2048) as sock:
+    # Large chunks fill what the kernel keeps for the reader soon.
+    body = {"prompt": "abc", "max_tokens": 1 << 19, "stream": True, "logprobs": 20}
+    with _asking(impatient, body, receive_bytes=2048) as sock:
         # It reads nothing: first its request is ended, then its connection.
         impatient.eventually(lambda: impatient.server.app.context.admission.num_active == 1)
         impatient.eventually(lambda: impatient.server.app.context.admission.num_active == 0)

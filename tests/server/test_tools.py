@@ -8,8 +8,9 @@ from typing import Any
 import jsonschema_rs
 import openai
 import pytest
+from octavo.engine.server.message import MessageReader, whole_message
 
-from .serving import Running
+from .serving import Running, serving
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What is the weather in Ulm?"}]
 SCHEMA: dict[str, Any] = {
@@ -149,3 +150,21 @@ def test_refusals_name_the_field(tiny: Running, fields: dict[str, Any], param: s
             _ask(tiny, **fields, stream=stream)
         assert refused.value.param == param
         assert param.partition(".")[0].partition("[")[0] in str(refused.value)
+
+
+def test_thoughts_are_told_apart() -> None:
+    """A model whose template has opened its thoughts: they end where it says, and the answer follows."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}<think>\n{# </think> #}"
+    reader = MessageReader(None, "<think>\n")
+    text = "Hm.\n</think>\nFour"
+    deltas = [delta for char in text for delta in reader.feed(char, is_last=False)] + reader.feed("", is_last=True)
+    whole = {"role": "assistant", "content": "Four", "refusal": None, "reasoning_content": "Hm."}
+    assert whole_message(deltas) == whole
+    assert whole_message(MessageReader(None, "<think>\n").feed(text, is_last=True)) == whole
+    with serving(chat_template=template) as running:
+        message = _ask(running, model="fake", max_tokens=9).choices[0].message
+        # The fake model never stops thinking.
+        assert message.content == ""
+        assert len(message.reasoning_content) == 9
+        chunks = _ask(running, model="fake", max_tokens=9, stream=True)
+        assert all(not chunk.choices[0].delta.content for chunk in chunks)
