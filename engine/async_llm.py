@@ -26,17 +26,16 @@ from .observe.ring import EventRing
 from .process.client import ProcessLink
 from .process.link import START_ENGINE, EngineLink
 from .process.messages import (
-    Abort,
     AddRequest,
     Call,
     EngineInfo,
-    Finish,
     FromEngine,
     Heartbeat,
     News,
     Reply,
     packed_params,
 )
+from .process.readers import Readers
 from .process.thread import ThreadLink
 from .sampling_params import SamplingParams
 from .step import RequestOutput
@@ -71,33 +70,6 @@ class Health:
     num_unfinished: int
 
 
-class _Stream:
-    """One request, as its reader sees it."""
-
-    __slots__ = ("error", "has_news", "is_told_all", "last_batch", "num_missed", "output", "waiter")
-
-    def __init__(self, output: RequestOutput, is_told_all: bool) -> None:
-        self.output = output
-        self.is_told_all = is_told_all
-        """Whether the reader wants every token, or only the end."""
-        self.has_news = False
-        self.num_missed = 0
-        """Times that news came since the reader last took some."""
-        self.last_batch = -1
-        self.error: Exception | None = None
-        self.waiter: asyncio.Future[None] | None = None
-
-    def tell(self) -> None:
-        """Wake the reader if it waits."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def fail(self, error: Exception) -> None:
-        """End the stream, after what is still unread; the first error counts."""
-        self.error = self.error or error
-        self.tell()
-
-
 class AsyncLLM:
     """A model that generates for many readers at once. Made by `start`.
 
@@ -114,24 +86,14 @@ class AsyncLLM:
     ring: EventRing
     """The latest events of the run; always kept, so that its end can be explained."""
 
-    def __init__(self, max_unread: int, crash_folder: str | Path | None) -> None:
-        self._max_unread = max_unread
+    def __init__(self, crash_folder: str | Path | None) -> None:
         self._crash_folder = crash_folder
-        self._streams: dict[str, _Stream] = {}
-        """Requests whose reader has not left."""
-        self._leaving: dict[str, list[asyncio.Future[None]]] = {}
-        """Requests that the engine was told to abort and may still hold; who waits for it to say that it does not."""
-        self._calls: dict[int, asyncio.Future[KVSnapshot | None]] = {}
         self._loop = asyncio.get_running_loop()
-        self._batch = 0
-        self._batch_is_open = False
+        self._calls: dict[int, asyncio.Future[KVSnapshot | None]] = {}
         self._num_requests = 0
         self._num_calls = 0
         self._dead: str | None = None
         self._draining = False
-        self._drained = asyncio.Event()
-        self._heartbeat = Heartbeat(time.monotonic(), None)
-        self._step_s = 0.0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, "octavo-text")
         self.ring = EventRing()
         self._recorders: list[Recorder] = [self.ring]
@@ -165,7 +127,7 @@ class AsyncLLM:
             ConfigError, CheckpointError, CapacityError: it cannot be started.
             EngineDeadError: it died while it started.
         """
-        llm = cls(max_unread, crash_folder)
+        llm = cls(crash_folder)
         kind = ThreadLink if in_process else ProcessLink
         llm._link = kind(llm._on_message, llm._on_lost, on_phase, on_weights)
         llm.info, llm._tokenizer = await llm._link.start(config or EngineConfig(), engine_factory)
@@ -178,11 +140,16 @@ class AsyncLLM:
             chat_template=chat_template,
         )
         llm._texts = OutputProcessor(llm._tokenizer)
+        llm._readers = Readers(llm._link.send, llm._texts, max_unread)
+        llm._heartbeat, llm._step_s = Heartbeat(time.monotonic(), None), 0.0
         return llm
 
     _link: EngineLink
     _intake: Intake
     _texts: OutputProcessor
+    _readers: Readers
+    _heartbeat: Heartbeat
+    _step_s: float
     _tokenizer: Tokenizer | None
 
     @property
@@ -277,41 +244,24 @@ class AsyncLLM:
         token_ids = self._intake.encode(prompt_token_ids)
         params = self._intake.resolved(params, len(token_ids), default_max_tokens)
         request_id = await self._new_id(request_id)
-        reader = _Stream(self._texts.add(request_id, prompt, token_ids, params), stream)
-        self._streams[request_id] = reader
+        reader = self._readers.add(self._texts.add(request_id, prompt, token_ids, params), stream)
         try:
             engine_streams = stream or self._texts.needs_every_token(params)
             arrived_s = time.monotonic() if arrived_s is None else arrived_s
             packed = packed_params(params)
             self._link.send(AddRequest(request_id, token_ids, *packed, engine_streams, cache_domain, arrived_s))
-            while True:
-                if not reader.has_news:
-                    if reader.error is not None:
-                        raise reader.error
-                    reader.waiter = self._new_future()
-                    await reader.waiter
-                    continue
-                reader.has_news = False
-                reader.num_missed = 0
-                # It may grow while the reader is away: only what was complete when it was told ends the stream.
-                finished = reader.output.finished
-                yield reader.output
-                if finished:
-                    return
+            async with contextlib.aclosing(reader.answers()) as answers:
+                async for answer in answers:
+                    yield answer
         finally:
-            self._leave(request_id, reader)
+            self._readers.remove(reader)
 
     async def abort(self, request_id: str) -> None:
         """End a request and return once it holds no blocks; its reader gets what there is, with the reason "abort".
 
         An unknown or finished id is not an error.
         """
-        reader = self._streams.get(request_id)
-        if self._dead is not None or ((reader is None or reader.output.finished) and request_id not in self._leaving):
-            return
-        if request_id not in self._leaving:
-            self._send_abort(request_id)
-        await self._until_gone(request_id)
+        await self._readers.abort(request_id)
 
     def subscribe(self, recorder: Recorder) -> None:
         """Hand every event to a recorder from now on, in order, on the event loop."""
@@ -340,7 +290,7 @@ class AsyncLLM:
         """Whether requests make progress, by the engine's own reports."""
         now = time.monotonic()
         heartbeat_age_s = now - self._heartbeat.time_s
-        busy = self._heartbeat.progress_s is not None and bool(self._streams)
+        busy = self._heartbeat.progress_s is not None and bool(self._readers)
         step_age_s = now - max(self._step_s, self._heartbeat.progress_s or 0.0) if busy else None
         reason = ""
         if self._dead is not None:
@@ -351,7 +301,7 @@ class AsyncLLM:
             reason = f"the engine has given no sign of life for {heartbeat_age_s:.0f} s"
         elif step_age_s is not None and step_age_s > MAX_STEP_AGE_S:
             reason = f"no step has ended for {step_age_s:.0f} s"
-        return Health(not reason, reason, heartbeat_age_s, step_age_s, len(self._streams))
+        return Health(not reason, reason, heartbeat_age_s, step_age_s, len(self._readers))
 
     @property
     def is_dead(self) -> bool:
@@ -365,10 +315,9 @@ class AsyncLLM:
             grace_s: seconds to finish in; readers that are not done by then get an `EngineDeadError`.
         """
         self._draining = True
-        if self._streams and self._dead is None:
-            self._drained.clear()
+        if self._dead is None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), grace_s)
+                await asyncio.wait_for(self._readers.until_none_is_left(), grace_s)
         await self._link.close(CLOSE_TIMEOUT_S)
         self._end("the engine was shut down")
 
@@ -378,26 +327,16 @@ class AsyncLLM:
 
     async def _new_id(self, request_id: str | None) -> str:
         """Return an id that nobody uses, the engine included: it may still hold one that was left a moment ago."""
-        while request_id is None or request_id in self._leaving:
-            if request_id is not None:
-                await self._until_gone(request_id)
-            else:
-                request_id = f"request-{self._num_requests}"
-                self._num_requests += 1
+        if request_id is None:
+            request_id = f"request-{self._num_requests}"
+            self._num_requests += 1
+        await self._readers.until_gone(request_id)
         self._check_alive()
         if self._draining:
             raise EngineDeadError("the engine is shutting down")
-        if request_id in self._streams:
+        if request_id in self._readers:
             raise RequestError(f"request_id is {request_id!r}; allowed: one that is not in use", "request_id")
         return request_id
-
-    async def _until_gone(self, request_id: str) -> None:
-        gone: asyncio.Future[None] = self._new_future()
-        self._leaving[request_id].append(gone)
-        await gone
-
-    def _new_future(self) -> asyncio.Future[Any]:
-        return self._loop.create_future()
 
     async def _on_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         self._check_alive()
@@ -410,24 +349,10 @@ class AsyncLLM:
     async def _call(self, what: Literal["snapshot", "reset_prefix_cache"]) -> KVSnapshot | None:
         self._check_alive()
         self._num_calls += 1
-        answer: asyncio.Future[KVSnapshot | None] = self._new_future()
+        answer: asyncio.Future[KVSnapshot | None] = self._loop.create_future()
         self._calls[self._num_calls] = answer
         self._link.send(Call(self._num_calls, what))
         return await answer
-
-    def _send_abort(self, request_id: str) -> None:
-        self._leaving[request_id] = []
-        self._link.send(Abort([request_id]))
-
-    def _leave(self, request_id: str, reader: _Stream) -> None:
-        """Forget a request whose reader is gone; where the engine may still run it, tell it to stop."""
-        del self._streams[request_id]
-        self._texts.discard(request_id)
-        runs = not reader.output.finished and reader.error is None and self._dead is None
-        if runs and request_id not in self._leaving:
-            self._send_abort(request_id)
-        if not self._streams:
-            self._drained.set()
 
     def _on_message(self, message: FromEngine) -> None:
         match message:
@@ -436,57 +361,22 @@ class AsyncLLM:
             case Heartbeat():
                 self._heartbeat = message
             case Reply():
-                self._calls.pop(message.call_id).set_result(message.snapshot)
+                answer = self._calls.pop(message.call_id)
+                if not answer.done():
+                    answer.set_result(message.snapshot)
             case _:
                 raise AssertionError(f"a running engine sends {type(message).__name__}")
 
-    def _close_batch(self) -> None:
-        self._batch += 1
-        self._batch_is_open = False
-
     def _on_news(self, news: News) -> None:
-        if not self._batch_is_open:
-            # All that comes before readers get their turn counts once: a busy event loop is not a slow reader.
-            self._batch_is_open = True
-            self._loop.call_soon(self._close_batch)
-        for refusal in news.refusals:
-            refused = self._streams.get(refusal.request_id)
-            if refused is not None:
-                refused.fail(RequestError(refusal.message, refusal.param))
-        changed, stops = self._texts.process(news.outputs)
-        for stop in stops:
-            self._link.send(Finish(stop.request_id, stop.index, stop.num_output_tokens))
-        for output in changed:
-            reader = self._streams[output.request_id]
-            if reader.is_told_all or output.finished:
-                reader.has_news = True
-                if reader.last_batch != self._batch:
-                    reader.last_batch = self._batch
-                    reader.num_missed += 1
-                    if reader.num_missed > self._max_unread:
-                        self._cut_off(reader)
-                reader.tell()
-        for request_id in news.aborted:
-            for gone in self._leaving.pop(request_id, ()):
-                if not gone.done():
-                    gone.set_result(None)
+        self._readers.take(news)
         if news.step is not None:
             self._step_s = news.step.end_s
-        for recorder in self._recorders:
-            for event in news.events[: news.num_events_before_step]:
-                recorder.on_request(event)
-            if news.step is not None:
-                recorder.on_step(news.step)
-            for event in news.events[news.num_events_before_step :]:
-                recorder.on_request(event)
-
-    def _cut_off(self, reader: _Stream) -> None:
-        """End a reader that does not read: what it is owed would grow for as long as it likes."""
-        if reader.error is None and not reader.output.finished:
-            request_id = reader.output.request_id
-            self._texts.discard(request_id)
-            self._send_abort(request_id)
-            reader.fail(RequestError(f"more than {self._max_unread} pieces of the answer were left unread"))
+        for recorder in self._recorders.copy():
+            try:
+                _record(recorder, news)
+            except Exception:
+                _log.exception("a recorder has failed and is told nothing more")
+                self._recorders.remove(recorder)
 
     def _on_lost(self, reason: str) -> None:
         _log.error("the engine is dead: %s", reason)
@@ -509,15 +399,17 @@ class AsyncLLM:
             return
         self._dead = reason
         self._threads.shutdown(wait=False)
-        for reader in self._streams.values():
-            if not reader.output.finished:
-                reader.fail(EngineDeadError(reason))
-        waiting: list[asyncio.Future[Any]] = [*self._calls.values()]
-        for gone in self._leaving.values():
-            waiting += gone
-        for future in waiting:
-            if not future.done():
-                future.set_exception(EngineDeadError(reason))
+        self._readers.end(reason)
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError(reason))
         self._calls.clear()
-        self._leaving.clear()
-        self._drained.set()
+
+
+def _record(recorder: Recorder, news: News) -> None:
+    for event in news.events[: news.num_events_before_step]:
+        recorder.on_request(event)
+    if news.step is not None:
+        recorder.on_step(news.step)
+    for event in news.events[news.num_events_before_step :]:
+        recorder.on_request(event)
