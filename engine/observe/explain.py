@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..events import EventKind
-from .history import HeadWaits, Life, Runs, StepTable, lives
+from .history import FloatArray, HeadWaits, IntArray, Life, StepTable, lives
 from .ring import EventRing
 
 __all__ = ["explain", "summaries"]
@@ -60,8 +60,9 @@ def _choice(ring: EventRing, table: StepTable, queue: HeadWaits, life: Life, now
         reasons = {reason.value: _seconds(time_s) for reason, time_s in queue.between(wait.start_s, end_s).items()}
         at_s, seconds = _seconds(wait.start_s - start_s), _seconds(end_s - wait.start_s)
         waits.append({"at_s": at_s, "seconds": seconds, "reasons": reasons})
-    at = np.concatenate([table.end_s[run.places[run.sampled]] for run in runs]) if runs else np.empty(0)
-    steps = np.concatenate([run.places[run.sampled] for run in runs]) if runs else np.empty(0, dtype=np.int64)
+    chunks = _joined([run.places[run.is_chunk] for run in runs])
+    places = _joined([run.places[run.sampled] for run in runs])
+    at = table.end_s[places]
     admitted = life.stays[0].admitted if life.stays else None
     has_first = is_complete and len(at) > 0
     choice: Json = {
@@ -77,13 +78,15 @@ def _choice(ring: EventRing, table: StepTable, queue: HeadWaits, life: Life, now
         "queued_s": waits[0]["seconds"] if waits and arrived else None,
         "cached_tokens": admitted.num_cached_tokens if admitted else None,
         "rows": [stay.admitted.row for stay in life.stays],
-        "chunks": _chunks(table, runs, start_s),
+        "chunks": {
+            "step": (chunks + table.first_step).tolist(),
+            "num_tokens": _joined([run.num_tokens[run.is_chunk] for run in runs]).tolist(),
+            "at_s": _rounded(table.start_s[chunks] - start_s),
+            "seconds": _rounded(table.end_s[chunks] - table.start_s[chunks]),
+        },
         "preemptions": list(_preemptions(life, start_s)),
         "time_to_first_token_s": _seconds(at[0] - start_s) if has_first else None,
-        "tokens": {
-            "step": (steps + table.first_step).tolist(),
-            "at_s": [_seconds(time_s) for time_s in (at - start_s).tolist()],
-        },
+        "tokens": {"step": (places + table.first_step).tolist(), "at_s": _rounded(at - start_s)},
         "inter_token_s": _spread(np.diff(at)),
     }
     choice["sentences"] = list(_sentences(choice))
@@ -98,18 +101,6 @@ def _start_s(life: Life) -> float:
     if life.finished is not None:
         starts.append(life.finished.time_s)
     return min(starts)
-
-
-def _chunks(table: StepTable, runs: list[Runs], start_s: float) -> Json:
-    chunks: Json = {"step": [], "num_tokens": [], "at_s": [], "seconds": []}
-    for run in runs:
-        places = run.places[run.is_chunk]
-        begins, ends = table.start_s[places], table.end_s[places]
-        chunks["step"] += (places + table.first_step).tolist()
-        chunks["num_tokens"] += run.num_tokens[run.is_chunk].tolist()
-        chunks["at_s"] += [_seconds(time_s) for time_s in (begins - start_s).tolist()]
-        chunks["seconds"] += [_seconds(seconds) for seconds in (ends - begins).tolist()]
-    return chunks
 
 
 def _preemptions(life: Life, start_s: float) -> Iterator[Json]:
@@ -127,12 +118,20 @@ def _preemptions(life: Life, start_s: float) -> Iterator[Json]:
             }
 
 
-def _spread(gaps: np.ndarray[Any, np.dtype[np.float64]]) -> Json | None:
+def _joined(parts: list[IntArray]) -> IntArray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _rounded(seconds: FloatArray) -> list[float]:
+    rounded: list[float] = np.round(seconds, 6).tolist()
+    return rounded
+
+
+def _spread(gaps: FloatArray) -> Json | None:
     if len(gaps) == 0:
         return None
-    p50, p99 = np.percentile(gaps, (50, 99)).tolist()
-    numbers = {"mean": float(gaps.mean()), "p50": p50, "p99": p99, "max": float(gaps.max())}
-    return {name: _seconds(seconds) for name, seconds in numbers.items()}
+    numbers = _rounded(np.array([gaps.mean(), *np.percentile(gaps, (50, 99)), gaps.max()]))
+    return dict(zip(("mean", "p50", "p99", "max"), numbers, strict=True))
 
 
 def _sentences(choice: Json) -> Iterator[str]:

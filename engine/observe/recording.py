@@ -27,19 +27,7 @@ from ..step import FinishReason
 from ..strict_json import parse_json
 from .ring import EventRing
 
-__all__ = [
-    "EVENT_FIELDS",
-    "STEP_FIELDS",
-    "VERSION",
-    "Recording",
-    "block_runs",
-    "dumps",
-    "event_rows",
-    "loads",
-    "snapshot_json",
-    "step_rows",
-    "to_json",
-]
+__all__ = ["EVENT_FIELDS", "STEP_FIELDS", "Recording", "dumps", "event_rows", "loads", "snapshot_json", "step_rows"]
 
 VERSION = 1
 STEP_FIELDS = StepEvent._fields
@@ -204,17 +192,12 @@ def _steps(rows: Sequence[Any]) -> Iterable[StepEvent]:
         else:
             values["rows"] = _ints(f"{where}.rows", values["rows"], 0, _MAX_ROW)
         num_seqs, counts, sampled = len(values["rows"]), values["num_scheduled_tokens"], values["sampled"]
-        if type(counts) is int:
-            counts = np.broadcast_to(_ints(f"{where}.num_scheduled_tokens", [counts], 1, _MAX_TOKENS), num_seqs)
-        else:
-            counts = _ints(f"{where}.num_scheduled_tokens", counts, 1, _MAX_TOKENS)
+        counts = [counts] * num_seqs if type(counts) is int else counts
+        sampled = list(range(num_seqs)) if sampled is None else sampled
+        values["num_scheduled_tokens"] = _ints(f"{where}.num_scheduled_tokens", counts, 1, _MAX_TOKENS)
+        values["sampled"] = _ints(f"{where}.sampled", sampled, 0, num_seqs)
         if len(counts) != num_seqs:
-            _refuse(f"{where}.num_scheduled_tokens", counts.tolist(), f"{num_seqs} numbers")
-        if sampled is None:
-            sampled = np.arange(num_seqs, dtype=np.int32)
-        else:
-            sampled = _ints(f"{where}.sampled", sampled, 0, num_seqs)
-        values |= {"num_scheduled_tokens": counts, "sampled": sampled}
+            _refuse(f"{where}.num_scheduled_tokens", counts, f"{num_seqs} numbers")
         _text(f"{where}.failed", values["failed"])
         before = StepEvent(**values)
         yield before
