@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import triton
 from rich.table import Table
@@ -20,7 +20,6 @@ __all__ = ["Row", "make_page", "make_rows", "make_table", "write_json"]
 
 Row = dict[str, Any]
 
-_MMA_ORDER: Final = ("UTCHMMA", "HGMMA", "HMMA")
 
 
 def make_rows(

@@ -52,6 +52,8 @@ def warm_up(
 ) -> Warmed:
     """Compile and load what engines of these settings launch; what is compiled from then on is counted as late.
 
+    Nothing else in this process may launch a kernel meanwhile: while variants are listed, launches are only recorded.
+
     Args:
         models: one, or several where layers differ in what kernels are compiled for.
         device: what the engine runs on.
