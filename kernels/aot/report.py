@@ -21,7 +21,6 @@ __all__ = ["Row", "make_page", "make_rows", "make_table", "write_json"]
 Row = dict[str, Any]
 
 
-
 def make_rows(
     model: str, variants: Sequence[Variant], *, cache: Path, num_workers: int, advance: Callable[[], object]
 ) -> list[Row]:
