@@ -142,7 +142,7 @@ def _sentences(choice: Json) -> Iterator[str]:
         yield f"Arrived with {_tokens(choice['prompt_tokens'])}, for at most {choice['max_tokens']} more."
     waits, cached = choice["waits"], choice["cached_tokens"]
     if waits:
-        verb = "Was queued" if choice["rows"] or choice["state"] == "finished" else "Is queued since"
+        verb = "Was queued" if choice["rows"] or choice["state"] == "finished" else "Has been queued for"
         yield f"{verb} {_words(waits[0]['seconds'])}: {_reasons(waits[0]['reasons'])}."
     if cached is not None and choice["prompt_tokens"] is not None:
         yield f"Prefix hit: {cached}/{choice['prompt_tokens']} tokens were in the cache."

@@ -83,7 +83,7 @@ def test_it_works_while_the_request_waits_and_runs() -> None:
     assert first["output_tokens"] == len(first["tokens"]["step"]) == 2
     assert list(second["waits"][0]["reasons"]) == ["no row free", "on its way into a step"]
     assert second["queued_s"] > 0
-    assert any("Is queued" in sentence for sentence in second["sentences"])
+    assert any("Has been queued for" in sentence for sentence in second["sentences"])
     assert explain(ring, "nobody") is None
     much_later = explain(ring, "second", now_s=1000.0)["choices"][0]
     assert much_later["queued_s"] == pytest.approx(1000.0 - core.scheduler._requests["second"][0].arrival_time_s)
