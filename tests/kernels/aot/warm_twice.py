@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from typing import Any
@@ -58,10 +59,9 @@ with fake_driver(GPUS["sm_90"]), mock.patch.object(warm, "list_variants", a_few)
         )
     good, *_ = [variant.launch for variant in a_few(MODEL, [LIMITS], GPUS["sm_80"])]
 unknown = Launch("octavo.kernels.nowhere", "kernel", "sm_80", "{}")
-launches = [unknown, good, dataclasses.replace(good, specialization="{}")]
-answers = list(compile_in_workers(launches, 1))
+launches = [unknown, dataclasses.replace(good, specialization="{}"), good, good]
 stopped = compile_in_workers(launches, 1)
-next(stopped)
+answers = list(itertools.islice(stopped, 3))
 stopped.close()
 with mock.patch("sys.executable", "/bin/false"):
     dead = list(compile_in_workers(launches, 2))
