@@ -29,7 +29,7 @@ class StopFound:
 class _Sequence:
     """One of the n sequences of a request: its answer so far and what is needed to continue it."""
 
-    __slots__ = ("_detokenizer", "_include_stop", "_matcher", "_stop_token_ends_text", "answer", "closed")
+    __slots__ = ("_detokenizer", "_include_stop", "_matcher", "_stop_token_ids", "answer", "closed")
 
     def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
         self.answer = CompletionOutput(
@@ -39,6 +39,7 @@ class _Sequence:
             Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize and tokenizer is not None else None
         )
         self._include_stop = params.include_stop_str_in_output
+        self._stop_token_ids = frozenset(params.stop_token_ids)
         self._matcher = StopMatcher(params.stop, self._include_stop) if params.stop else None
         self.closed = False
         """A stop string was found: what the engine still sends of this sequence is not wanted."""
@@ -106,7 +107,7 @@ class _Sequence:
         answer = self.answer
         if not self.closed:
             answer.finish_reason = news.finish_reason
-            answer.stop_reason = news.stop_reason
+            answer.stop_reason = news.stop_reason if news.stop_reason in self._stop_token_ids else None
         num_tokens = len(answer.token_ids)
         if answer.logprobs is not None:
             del answer.logprobs[num_tokens:]
