@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -24,6 +24,7 @@ from .intake import Intake
 from .observe.crash import write_bundle
 from .observe.ring import EventRing
 from .process.client import ProcessLink
+from .process.health import Health, Vitals
 from .process.link import START_ENGINE, EngineLink
 from .process.messages import (
     AddRequest,
@@ -46,28 +47,12 @@ __all__ = ["AsyncLLM", "EngineInfo", "Health"]
 
 NUM_TEXT_THREADS = 2
 """Tokenising and rendering run on these; what is asked beyond them waits."""
-MAX_HEARTBEAT_AGE_S = 10.0
-MAX_STEP_AGE_S = 120.0
 CLOSE_TIMEOUT_S = 1.0
 """For an engine to end by itself; nobody wants the step any more that it may be in."""
 
 _log = logging.getLogger("octavo")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """Whether requests make progress."""
-
-    ok: bool
-    reason: str
-    """Why not; "" where all is well."""
-    heartbeat_age_s: float
-    """Since the engine's process last gave a sign of life."""
-    last_step_age_s: float | None
-    """Since the last step ended, or work began; None: nothing to do."""
-    num_unfinished: int
 
 
 class AsyncLLM:
@@ -141,15 +126,14 @@ class AsyncLLM:
         )
         llm._texts = OutputProcessor(llm._tokenizer)
         llm._readers = Readers(llm._link.send, llm._texts, max_unread)
-        llm._heartbeat, llm._step_s = Heartbeat(time.monotonic(), None), 0.0
+        llm._vitals = Vitals()
         return llm
 
     _link: EngineLink
     _intake: Intake
     _texts: OutputProcessor
     _readers: Readers
-    _heartbeat: Heartbeat
-    _step_s: float
+    _vitals: Vitals
     _tokenizer: Tokenizer | None
 
     @property
@@ -195,15 +179,13 @@ class AsyncLLM:
         """
         self._need_tokenizer("messages")
 
-        def run() -> list[int]:
-            return self._intake.chat_template.encode(
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-
-        return await self._on_thread(run)
+        return await self._on_thread(
+            self._intake.encode_chat,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     async def generate(
         self,
@@ -288,20 +270,8 @@ class AsyncLLM:
     @property
     def health(self) -> Health:
         """Whether requests make progress, by the engine's own reports."""
-        now = time.monotonic()
-        heartbeat_age_s = now - self._heartbeat.time_s
-        busy = self._heartbeat.progress_s is not None and bool(self._readers)
-        step_age_s = now - max(self._step_s, self._heartbeat.progress_s or 0.0) if busy else None
-        reason = ""
-        if self._dead is not None:
-            reason = self._dead
-        elif self._draining:
-            reason = "the engine is shutting down"
-        elif heartbeat_age_s > MAX_HEARTBEAT_AGE_S:
-            reason = f"the engine has given no sign of life for {heartbeat_age_s:.0f} s"
-        elif step_age_s is not None and step_age_s > MAX_STEP_AGE_S:
-            reason = f"no step has ended for {step_age_s:.0f} s"
-        return Health(not reason, reason, heartbeat_age_s, step_age_s, len(self._readers))
+        trouble = "the engine is shutting down" if self._draining else None
+        return self._vitals.health(self._dead or trouble, len(self._readers))
 
     @property
     def is_dead(self) -> bool:
@@ -359,7 +329,7 @@ class AsyncLLM:
             case News():
                 self._on_news(message)
             case Heartbeat():
-                self._heartbeat = message
+                self._vitals.heartbeat = message
             case Reply():
                 answer = self._calls.pop(message.call_id)
                 if not answer.done():
@@ -370,7 +340,7 @@ class AsyncLLM:
     def _on_news(self, news: News) -> None:
         self._readers.take(news)
         if news.step is not None:
-            self._step_s = news.step.end_s
+            self._vitals.step_s = news.step.end_s
         for recorder in self._recorders.copy():
             try:
                 _record(recorder, news)

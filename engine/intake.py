@@ -4,8 +4,9 @@ nothing can be wrong. It does not know the engine, HTTP or how answers come back
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from .config import GenerationConfig
 from .errors import ConfigError, RequestError, describe
@@ -106,18 +107,28 @@ class Intake:
         )
         return params if params.max_tokens is not None else params.replace(max_tokens=max_tokens)
 
-    def check_length(self, text: str) -> None:
-        """Refuse a text that cannot fit the context, before any work is done on it.
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Return the token ids of a conversation.
+
+        Args:
+            messages: as `ChatTemplate.render` takes them.
+            options: of `ChatTemplate.render`.
 
         Raises:
-            RequestError: it has more characters than that many tokens can stand for.
+            RequestError: the messages are not valid, the template refuses them, or they cannot fit the context.
         """
+        prompt = self.chat_template.render(messages, **options)
+        self._check_length(prompt.text, "messages")
+        return self.tokenizer.encode(prompt.text, add_bos=False, plain_spans=prompt.plain_spans)
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text with more characters than the context's tokens can stand for, before it is tokenised."""
         allowed = self._max_model_len * self.tokenizer.longest_token
         if len(text) > allowed:
             raise RequestError(
                 f"the prompt has {len(text)} characters; allowed: {allowed}, as more cannot fit the context of "
                 f"{self._max_model_len} tokens",
-                "prompt",
+                param,
             )
 
     def encode(self, prompt: Prompt, *, add_bos: bool = True) -> list[int]:
@@ -127,7 +138,7 @@ class Intake:
             RequestError: it is no valid text, or holds something else than token ids.
         """
         if isinstance(prompt, str):
-            self.check_length(prompt)
+            self._check_length(prompt, "prompt")
             return self.tokenizer.encode(prompt, add_bos=add_bos)
         if not is_list(prompt):
             raise RequestError(f"prompt is {describe(prompt)}; allowed: a text, or a list of token ids", "prompt")

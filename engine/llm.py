@@ -150,7 +150,7 @@ class LLM:
         several: Sequence[Any] = [messages] if lone else messages
         all_params = self._per_request(params, len(several))
         encoded = [
-            (None, self.chat_template.encode(each, chat_template_kwargs=chat_template_kwargs)) for each in several
+            (None, self._intake.encode_chat(each, chat_template_kwargs=chat_template_kwargs)) for each in several
         ]
         return self._run(encoded, all_params, None, on_progress)
 
@@ -253,7 +253,7 @@ class LLM:
         self, prompt: Prompt | Sequence[Mapping[str, Any]], params: SamplingParams | None, *, stream: bool
     ) -> RequestOutput:
         chat = is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        token_ids = self.chat_template.encode(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
+        token_ids = self._intake.encode_chat(prompt) if chat else self.encode(prompt)  # type: ignore[arg-type]
         params = self._intake.resolved(
             self._per_request(params, 1)[0], len(token_ids), None if chat else DEFAULT_MAX_TOKENS
         )

@@ -370,6 +370,39 @@ def test_events_come_completely_and_in_order(in_process: bool) -> None:
     run(main())
 
 
+def test_a_recorder_that_fails_is_told_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Events):
+        def on_step(self, event: StepEvent) -> None:
+            raise ZeroDivisionError
+
+    async def main() -> None:
+        llm = await start()
+        failing, events = Failing(), Events()
+        llm.subscribe(failing)
+        llm.subscribe(events)
+        await collect(llm, [1], params={"max_tokens": 20})
+        assert len(failing.all) < 3 < len(events.all)
+        await check_canary(llm)
+        await llm.shutdown()
+
+    run(main())
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+@BOTH
+def test_whoever_stops_waiting_for_a_snapshot_is_not_missed(in_process: bool) -> None:
+    async def main() -> None:
+        llm = await start(in_process)
+        for _ in range(20):
+            asking = asyncio.create_task(llm.snapshot())
+            await asyncio.sleep(0)
+            asking.cancel()
+        await check_canary(llm)
+        await llm.shutdown()
+
+    run(main())
+
+
 @BOTH
 def test_snapshot_and_reset_of_the_prefix_cache(in_process: bool) -> None:
     async def main() -> None:
@@ -439,6 +472,9 @@ def test_texts() -> None:
         assert len(await llm.encode_chat(messages, add_generation_prompt=False)) < len(token_ids)
         with pytest.raises(RequestError, match="characters; allowed"):
             await llm.encode("a" * 100_000)
+        with pytest.raises(RequestError, match="characters; allowed") as refused:
+            await llm.encode_chat([{"role": "user", "content": "a" * 100_000}])
+        assert refused.value.param == "messages"
         with pytest.raises(RequestError, match="surrogate"):
             await llm.encode("\ud800")
         with pytest.raises(RequestError):
@@ -448,6 +484,23 @@ def test_texts() -> None:
         await llm.shutdown()
 
     run(main())
+
+
+@BOTH
+def test_a_notebook_runs_its_loop_now_and_then(in_process: bool) -> None:
+    with asyncio.Runner() as cells:
+        llm = cells.run(start(in_process))
+        answers = llm.generate([1, 2], llm.params(LONG))
+        first = cells.run(anext(answers))  # type: ignore[arg-type]
+        assert not first.finished
+        other = cells.run(collect(llm, [3], params={"seed": 2, "max_tokens": 50}))
+        assert other.outputs[0].token_ids == expected([3], 50, 2)
+        while not first.finished:
+            first = cells.run(anext(answers))  # type: ignore[arg-type]
+        assert first.outputs[0].token_ids == expected([1, 2], 200, 1)
+        cells.run(answers.aclose())
+        cells.run(check_canary(llm))
+        cells.run(llm.shutdown())
 
 
 def test_another_chat_template() -> None:
