@@ -1,4 +1,4 @@
-"""This module holds the run of recording.json: a busy engine on simulated time. It does not know the page that opens it.
+"""This module holds the run of recording.json: a busy engine on simulated time. It does not know who opens it.
 
 Run as a script it writes the recording anew.
 """

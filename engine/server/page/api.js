@@ -1,8 +1,9 @@
 // The way to the server: paths, the key, errors, streams.
 
-import { $ } from "./dom.js";
+import { $, on } from "./dom.js";
 
 const STORED = "octavo.key";
+on("no-key", "click", () => $("key-dialog").close());
 let asking = null;
 // Whether the user would not give a key: then nothing asks again by itself.
 let declined = false;

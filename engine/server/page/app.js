@@ -9,7 +9,6 @@ import * as requests from "./requests.js";
 import { Run } from "./run.js";
 
 const TABS = ["playground", "live", "requests"];
-const REFRESH_MS = 2000;
 const LONGEST_RETRY_MS = 10_000;
 let run = null;
 let stream = null;
@@ -125,7 +124,7 @@ async function follow(wait = 1000) {
 	}
 }
 document.addEventListener("visibilitychange", () => follow());
-setInterval(() => !document.hidden && !run && requests.refresh(), REFRESH_MS);
+setInterval(() => !document.hidden && !run && requests.refresh(), 2000);
 
 for (const [button, path, name] of [["get-trace", "trace", "octavo-trace.json"], ["get-recording", "recording", "octavo-recording.json"]]) {
 	on(button, "click", async () => {

@@ -40,7 +40,7 @@ export function readRecording(file) {
 	if (file?.octavo_recording !== VERSION) throw new Error("it is not a recording of a kind this page knows");
 	const { facts } = file, steps = readSteps(file.step_fields, file.steps), maps = file.block_maps.map(([time, runs]) => ({ time, states: readBlocks(runs) }));
 	return {
-		facts: { model: facts.model ?? "", numBlocks: facts.num_blocks, blockSize: facts.block_size, maxNumSeqs: facts.max_num_seqs ?? null },
+		facts: { model: facts.model ?? "", numBlocks: facts.num_blocks, blockSize: facts.block_size, maxNumSeqs: facts.max_num_seqs },
 		events: readEvents(file.event_fields, file.events), steps, maps,
 	};
 }
@@ -68,7 +68,7 @@ export function readLive(message, seen, model) {
 	const steps = [...(seen?.steps ?? []), ...fresh].filter(step => step.end > now - MAX_WINDOW_S);
 	const sequence = each => ({ id: each.request_id, choice: each.choice });
 	return {
-		now, steps, left, facts: { model: model.id, numBlocks: states.length, blockSize: model.block_size ?? null, maxNumSeqs: model.max_num_seqs ?? null },
+		now, steps, left, facts: { model: model.id, numBlocks: states.length, blockSize: model.block_size, maxNumSeqs: model.max_num_seqs },
 		running: kv.running.map(each => ({ ...sequence(each), row: each.row, tokens: each.num_tokens, computed: each.num_computed_tokens })),
 		waiting: kv.waiting.map(each => ({ ...sequence(each), reason: each.reason, waited: each.waited_s })),
 		numRunning: kv.running.length, numWaiting: kv.num_waiting, kv: { states, used: kv.counts.private + kv.counts.shared },
@@ -99,10 +99,9 @@ function readChoice(choice) {
 	const { waits, chunks, tokens, preemptions } = choice, rows = [], times = tokens.at_s;
 	const all = chunks.step.map((step, i) => ({ step, tokens: chunks.num_tokens[i], from: chunks.at_s[i], to: chunks.at_s[i] + chunks.seconds[i] }));
 	// Between two waits it had a row: chunks first, then a token a step.
-	const starts = waits.map(wait => wait.at_s), ends = [...starts.slice(1), Infinity];
 	if (!waits.length) waits.push({ at_s: 0, seconds: 0, reasons: {} });
 	waits.forEach((wait, i) => {
-		const from = wait.at_s, until = ends[i] ?? Infinity, inside = time => time >= from && time < until;
+		const from = wait.at_s, until = waits[i + 1]?.at_s ?? Infinity, inside = time => time >= from && time < until;
 		rows.push({ kind: "wait", label: i ? "Preempted" : "Queued", note: mostly(Object.keys(wait.reasons)), from, to: from + wait.seconds });
 		const mine = all.filter(chunk => inside(chunk.from)), label = i ? "Recompute" : "Prefill";
 		const total = mine.reduce((sum, chunk) => sum + chunk.tokens, 0);

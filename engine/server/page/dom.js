@@ -18,6 +18,9 @@ export function el(tag, props = {}, ...children) {
 	return node;
 }
 
+// Say in place of something that it is not there.
+export const nothing = text => el("p", { class: "nothing", text });
+
 // Let the arrow keys, Home and End move among elements of which one is in the tab order.
 export function roving(container, selector, choose) {
 	const moves = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };

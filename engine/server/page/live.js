@@ -1,7 +1,7 @@
 // The live view: a picture of the engine at one moment, of a server or of a recording.
 
 import { BlockMap, Timeline } from "./charts.js";
-import { $, count, duration, el, legend, on, percent, rate, some } from "./dom.js";
+import { $, count, duration, el, legend, nothing, on, percent, rate, some } from "./dom.js";
 
 const timeline = new Timeline($("timeline")), map = new BlockMap($("blocks"));
 let view = null;
@@ -45,10 +45,10 @@ function draw() {
 	$("running-count").textContent = view.numRunning ? count(view.numRunning) : "";
 	table($("queue"), ["Request", "Why it waits", "Waited"], view.waiting.map(each =>
 		[link(each), each.reason, duration(each.waited)]),
-	"Nobody waits. What cannot start at once is listed here with its reason.");
+	"Nobody waits. Whoever does is listed here with the reason.");
 	table($("running"), ["Request", "Computed", "Tokens"], view.running.map(each => [link(each),
 		computed(each), count(each.tokens)]),
-	"Nothing runs. Send something from the playground and watch it here.");
+	"Nothing runs. Send something from the playground.");
 }
 
 function tiles(entries) {
@@ -69,15 +69,15 @@ function computed({ tokens, computed }) {
 
 const MAX_ROWS = 200;
 
-function table(box, head, rows, nothing) {
+function table(box, head, rows, none) {
 	if (!rows.length) {
-		if (box.firstChild?.className !== "nothing") box.replaceChildren(el("p", { class: "nothing", text: nothing }));
+		if (box.firstChild?.className !== "nothing") box.replaceChildren(nothing(none));
 		return;
 	}
 	const focused = box.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
 	const line = (tag, cells) => el("tr", {}, ...cells.map(content => el(tag, {}, content)));
 	box.replaceChildren(el("table", {}, el("thead", {}, line("th", head)), el("tbody", {}, ...rows.slice(0, MAX_ROWS).map(row => line("td", row)))),
-	rows.length > MAX_ROWS ? el("p", { class: "nothing", text: `and ${count(rows.length - MAX_ROWS)} more` }) : "");
+	rows.length > MAX_ROWS ? nothing(`and ${count(rows.length - MAX_ROWS)} more`) : "");
 	if (focused) [...box.querySelectorAll("a")].find(each => each.getAttribute("href") === focused)?.focus();
 }
 
@@ -92,7 +92,7 @@ function readStep() {
 }
 
 function readBlocks(at) {
-	const { facts, kv, origin } = view, recorded = kv.states ? `As of ${(kv.at - origin).toFixed(2)} s.` : "Counted only: which is where was not recorded here.";
+	const { facts, kv, origin } = view, recorded = kv.states ? `As of ${(kv.at - origin).toFixed(2)} s.` : "Which is where was not recorded here.";
 	$("blocks-readout").textContent = at || `${some(facts.numBlocks, "block")} of ${some(facts.blockSize, "token")}. ${origin == null ? "" : recorded}`;
 }
 

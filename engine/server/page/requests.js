@@ -2,7 +2,7 @@
 
 import { drawGaps } from "./charts.js";
 import { readExplanation, summaryLine } from "./data.js";
-import { $, duration, el, legend, on, roving, some } from "./dom.js";
+import { $, duration, el, legend, nothing, on, roving, some } from "./dom.js";
 
 const MAX_LISTED = 300;
 
@@ -33,9 +33,9 @@ export async function refresh() {
 			list();
 		}
 		if (chosen && !shown?.ended) await load();
-		else if (!chosen) $("detail").replaceChildren(el("p", { class: "nothing", text: "Choose a request to see where its time went." }));
+		else if (!chosen) $("detail").replaceChildren(nothing("Choose a request to see where its time went."));
 	} catch (error) {
-		if (from === source) $("detail").replaceChildren(el("p", { class: "nothing", text: error.message }));
+		if (from === source) $("detail").replaceChildren(nothing(error.message));
 	}
 }
 
@@ -57,8 +57,8 @@ function list() {
 		return option;
 	}));
 	if (focused) [...$("recent").children].find(option => option.dataset.id === focused)?.focus();
-	if (found.length > MAX_LISTED) $("recent").append(el("p", { class: "nothing", text: `and ${some(found.length - MAX_LISTED, "older one")}: find them by id` }));
-	if (!found.length) $("recent").append(el("p", { class: "nothing", text: wanted ? "No request has this in its id." : "No requests yet. The latest are listed here as they come." }));
+	if (found.length > MAX_LISTED) $("recent").append(nothing(`and ${some(found.length - MAX_LISTED, "older one")}: find them by id`));
+	if (!found.length) $("recent").append(nothing(wanted ? "No request has this in its id." : "No requests yet. The latest are listed here."));
 }
 
 const go = id => (location.hash = `#requests/${encodeURIComponent(id)}`);
@@ -69,7 +69,7 @@ async function load() {
 	const text = JSON.stringify(found), read = found && readExplanation(found);
 	if (shown?.text === text) return;
 	shown = { text, ended: !read || read.ended };
-	$("detail").replaceChildren(...(read ? detail(id, read) : [el("h1", { text: id }), el("p", { class: "nothing", text: "Nothing is known of it any more: only the latest are kept." })]));
+	$("detail").replaceChildren(...(read ? detail(id, read) : [el("h1", { text: id }), nothing("Nothing is known of it any more: only the latest are kept.")]));
 	gaps();
 }
 

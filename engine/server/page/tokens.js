@@ -30,8 +30,8 @@ export class TokenText {
 	waiting = [];
 
 	constructor() {
-		const reveal = event => show(event.target);
-		this.element = el("div", { class: "text", onmouseover: reveal, onfocusin: reveal, onclick: reveal, onmouseleave: hide, onfocusout: hide });
+		const reveal = event => show(event.target), leave = () => (this.element.contains(document.activeElement) ? show(document.activeElement) : hide());
+		this.element = el("div", { class: "text", onmouseover: reveal, onfocusin: reveal, onclick: reveal, onmouseleave: leave, onfocusout: hide });
 		roving(this.element, ".token");
 	}
 
