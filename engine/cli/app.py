@@ -12,6 +12,8 @@ from .bench_options import BenchOptions
 from .chat import chat
 from .flags import with_fields, with_flags
 from .generate import generate
+from .serve import serve
+from .serve_options import ServeOptions
 
 __all__ = ["app"]
 
@@ -46,6 +48,7 @@ app = typer.Typer(
 )
 app.command(cls=GroupedCommand)(with_flags(generate))
 app.command(cls=GroupedCommand)(with_flags(chat))
+app.command(cls=GroupedCommand)(with_flags(serve, ServeOptions, "Server"))
 
 _bench = typer.Typer(help="Measure a running server.", no_args_is_help=True, rich_markup_mode=None)
 _bench.command("serve", cls=GroupedCommand)(with_fields(bench_serve, BenchOptions))

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import pairwise
@@ -52,20 +52,30 @@ class Options:
     sampling: Mapping[str, Any]
     """The sampling parameters that were given, checked."""
     quiet: bool
+    own: Mapping[str, Any]
+    """What was given of the verb's own fields, and for a server of [server]; not checked."""
+    names_model: bool
+    """Whether the model was named."""
 
 
-def with_flags(verb: Callable[..., int]) -> Callable[..., None]:
-    """Give a verb every flag.
+def with_flags(verb: Callable[..., int], own: type | None = None, panel: str = "") -> Callable[..., None]:
+    """Give a verb a flag for each of the engine's settings.
 
     Args:
         verb: returns an exit status. One of its parameters, `options`, gets what the flags say; the others are typer's.
+        own: a dataclass of more flags, put first; see `with_fields`. None: those of sampling instead.
+        panel: title of these flags in the help.
     """
-    flags = {flag.name: flag for flag in (*_sampling_flags(), *_setting_flags())}
+    own_flags = {flag.name: flag for flag in (_sampling_flags() if own is None else _field_flags(own, panel))}
+    flags = own_flags | {flag.name: flag for flag in _setting_flags()}
 
     def run(*, config: Path | None, quiet: bool, debug: bool, **arguments: Any) -> None:
         given = {name: value for name, value in arguments.items() if name in flags and value not in (None, [])}
-        own = {name: value for name, value in arguments.items() if name not in flags}
-        raise typer.Exit(run_to_end(lambda: verb(**own, options=_options(config, given, quiet)), debug=debug))
+        more = {name: value for name, value in arguments.items() if name not in flags}
+        own_names = () if own is None else own_flags.keys()
+        raise typer.Exit(
+            run_to_end(lambda: verb(**more, options=_options(config, given, own_names, quiet)), debug=debug)
+        )
 
     return _command(verb, run, [*flags.values(), *_shared_flags()])
 
@@ -78,11 +88,7 @@ def with_fields(verb: Callable[..., int], kind: type) -> Callable[..., None]:
             quiet; the others are typer's.
         kind: the dataclass; every field has a default, and its own checks raise ConfigError.
     """
-    hints, docs = get_type_hints(kind), _field_docs(kind)
-    flags = [
-        _flag(each.name, hints[each.name], _with_default(docs[each.name], each.default), "Options")
-        for each in fields(kind)
-    ]
+    flags = list(_field_flags(kind, "Options"))
 
     def run(*, quiet: bool, debug: bool, **arguments: Any) -> None:
         names = {each.name for each in flags}
@@ -126,19 +132,28 @@ def parameter_from_text(name: str, text: str) -> Any:
     return value
 
 
-def _options(file: Path | None, given: Mapping[str, Any], quiet: bool) -> Options:
-    settings, sampling = read_octavo_toml(file) if file is not None else ({}, {})
+def _options(file: Path | None, given: Mapping[str, Any], own_names: Collection[str], quiet: bool) -> Options:
+    settings, sampling, server = read_octavo_toml(file) if file is not None else ({}, {}, {})
+    own = dict(server)
     for name, value in given.items():
-        if name not in RULES:
+        if name in own_names:
+            own[name] = value
+        elif name not in RULES:
             settings[name] = value
         else:
             sampling[name] = parameter_from_text(name, value) if _is_json(name) else value
     SamplingParams.from_mapping(sampling)
-    return Options(EngineConfig.from_settings(settings), sampling, quiet)
+    return Options(EngineConfig.from_settings(settings), sampling, quiet, own, "model" in settings)
 
 
 def _is_json(name: str) -> bool:
     return RULES[name].type not in _SAMPLING_TYPES
+
+
+def _field_flags(kind: type, panel: str) -> Iterator[inspect.Parameter]:
+    hints, docs = get_type_hints(kind), _field_docs(kind)
+    for each in fields(kind):
+        yield _flag(each.name, hints[each.name], _with_default(docs[each.name], each.default), panel)
 
 
 def _setting_flags() -> Iterator[inspect.Parameter]:
