@@ -79,6 +79,8 @@ class AsyncLLM:
         self._num_calls = 0
         self._dead: str | None = None
         self._draining = False
+        # Before the start: signs of life come while the front still builds its tokenizer.
+        self._vitals = Vitals()
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, "octavo-text")
         self.ring = EventRing()
         self._recorders: list[Recorder] = [self.ring]
@@ -126,14 +128,12 @@ class AsyncLLM:
         )
         llm._texts = OutputProcessor(llm._tokenizer)
         llm._readers = Readers(llm._link.send, llm._texts, max_unread)
-        llm._vitals = Vitals()
         return llm
 
     _link: EngineLink
     _intake: Intake
     _texts: OutputProcessor
     _readers: Readers
-    _vitals: Vitals
     _tokenizer: Tokenizer | None
 
     @property
