@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..async_llm import AsyncLLM
 from ..errors import CheckpointError, ConfigError, RequestError, describe
 from ..observe.metrics import Metrics
 from ..observe.ring import EventRing
+from ..text import Tokenizer
+from ..text.pieces import BytePieces
 from .admission import Admission
 from .errors import HTTPError
 from .settings import ServerSettings
@@ -28,6 +31,8 @@ __all__ = [
 ]
 
 MAX_PROMPTS = 1024
+_USUAL_CHARS = 16
+"""A token has hardly ever more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,7 @@ async def encode_prompts(llm: AsyncLLM, prompt: Any) -> list[EncodedPrompt]:
     encoded: list[EncodedPrompt] = []
     for each in prompts:
         if isinstance(each, str) and each:
+            await _check_length(llm, each)
             with_ids = EncodedPrompt(await encode_text(llm, each), each)
         elif isinstance(each, list) and set(map(type, each)) == {int}:
             with_ids = EncodedPrompt(each)
@@ -102,6 +108,30 @@ async def encode_prompts(llm: AsyncLLM, prompt: Any) -> list[EncodedPrompt]:
         _check_ids(with_ids.token_ids, llm.info.vocab_size, "prompt")
         encoded.append(with_ids)
     return encoded
+
+
+async def _check_length(llm: AsyncLLM, text: str) -> None:
+    """Refuse a text by its bytes that must have more tokens than the context, whatever they are."""
+    max_model_len, tokenizer = llm.info.max_model_len, llm.tokenizer
+    if tokenizer is None or len(text) <= _USUAL_CHARS * max_model_len:
+        return
+    longest = await asyncio.to_thread(_longest_token, tokenizer)
+    num_bytes = len(text.encode(errors="replace"))
+    if longest is not None and num_bytes > longest * max_model_len:
+        raise RequestError(
+            f"the prompt has {num_bytes} bytes; allowed: {longest * max_model_len}, more than which cannot be "
+            f"{max_model_len} tokens",
+            "prompt",
+        )
+
+
+@cache
+def _longest_token(tokenizer: Tokenizer) -> int | None:
+    """Return the bytes of the longest token; None where one token may stand for any number of bytes."""
+    pieces = tokenizer.pieces(False)
+    if not isinstance(pieces, BytePieces):
+        return None
+    return max(len(pieces[token_id]) for token_id in range(tokenizer.vocab_size))
 
 
 async def encode_text(llm: AsyncLLM, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -8,7 +8,10 @@ from typing import Any
 import openai
 import pytest
 from octavo.engine.llm import LLM
+from octavo.engine.process.fake import fake_tokenizer
 from octavo.engine.sampling_params import SamplingParams
+from octavo.engine.server.logprobs import CompletionLogprobs, TokenTexts
+from octavo.engine.step import LogprobEntry
 
 from .serving import Running, fake_text
 
@@ -133,6 +136,17 @@ def test_completion_logprobs(tiny: Running, tiny_llm: LLM) -> None:
     offsets = shown.text_offset or []
     assert offsets[0] == 0
     assert offsets == sorted(offsets)
+
+
+def test_tokens_that_look_the_same() -> None:
+    """Bytes that are no character alone share a name, which the likeliest of them has."""
+    texts, shown = TokenTexts(fake_tokenizer()), CompletionLogprobs()
+    assert texts.text(200) == texts.text(201) == "\ufffd"
+    shown.add(texts, [201], [LogprobEntry(-3.0, 7, [200, 5], [-0.5, -1.0])], 2, [0])
+    assert shown.top_logprobs == [{"\ufffd": -0.5, texts.text(5): -1.0}]
+    assert shown.token_logprobs == [-3.0]
+    shown.add(texts, [5], [LogprobEntry(-math.inf, 9, [], [])], 0, [0])
+    assert shown.token_logprobs[-1] == -9999.0
 
 
 def test_echo(tiny: Running, tiny_llm: LLM) -> None:

@@ -243,11 +243,14 @@ def test_what_can_never_fit(fake: Running) -> None:
         ({"prompt": "a", "max_tokens": longest}, "max_tokens"),
         ({"prompt": ["a"] * 100, "n": 128, "max_tokens": 1}, "n"),
         ({"prompt": ["a"] * 1025}, "prompt"),
+        ({"prompt": "a" * 100_000}, "prompt"),
     ]
     for ask, param in refusals:
         with pytest.raises(openai.BadRequestError) as refused:
             fake.client.completions.create(model="fake", **ask)
         assert refused.value.param == param
+    # This one is refused by its bytes, before it is tokenised.
+    assert "bytes" in str(refused.value)
     limited = ServerSettings(port=0, limits=Limits(output_tokens=100))
     with serving(limited) as running, pytest.raises(openai.BadRequestError) as refused:
         running.client.completions.create(model="fake", prompt=["a", "b"], n=3, max_tokens=17)
@@ -296,16 +299,25 @@ def test_ping() -> None:
     asyncio.run(run())
 
 
+@pytest.fixture(scope="module")
+def endless() -> Iterator[Running]:
+    """Serve a fake model whose requests take minutes."""
+    with serving(engine={"max_model_len": 1 << 18, "kv_cache_tokens": 1 << 20, "max_num_seqs": 4}) as running:
+        yield running
+
+
 @pytest.mark.parametrize("after", [b"", b"data:"])
-def test_disconnect_frees_blocks(fake: Running, count: Callable[[int, int], int], after: bytes) -> None:
+def test_disconnect_frees_blocks(endless: Running, count: Callable[[int, int], int], after: bytes) -> None:
+    admission = endless.server.app.context.admission
     for _ in range(count(3, 50)):
-        with _streaming(fake, 2000) as sock:
+        with _streaming(endless, 200_000) as sock:
             _read_until(sock, after)
-        fake.eventually(lambda: fake.server.app.context.admission.num_active == 0)
-    fake.check_canary()
+            endless.eventually(lambda: admission.num_active == 1)
+        endless.eventually(lambda: admission.num_active == 0)
+    endless.check_canary()
 
 
-def test_whole_answers_end_with_their_client(fake: Running) -> None:
-    with _asking(fake, {"prompt": "abc", "max_tokens": 2000}):
-        fake.eventually(lambda: fake.server.app.context.admission.num_active == 1)
-    fake.check_canary()
+def test_whole_answers_end_with_their_client(endless: Running) -> None:
+    with _asking(endless, {"prompt": ["abc", "de"], "n": 2, "max_tokens": 200_000}):
+        endless.eventually(lambda: endless.server.app.context.admission.num_active == 1)
+    endless.check_canary()
