@@ -141,8 +141,8 @@ def test_completion_logprobs(tiny: Running, tiny_llm: LLM) -> None:
 def test_tokens_that_look_the_same() -> None:
     """Bytes that are no character alone share a name, which the likeliest of them has."""
     texts, shown = TokenTexts(fake_tokenizer()), CompletionLogprobs()
-    assert texts.text(200) == texts.text(201) == "\ufffd"
-    shown.add(texts, [201], [LogprobEntry(-3.0, 7, [200, 5], [-0.5, -1.0])], 2, [0])
+    assert texts.text(120) == texts.text(121) == "\ufffd"
+    shown.add(texts, [121], [LogprobEntry(-3.0, 7, [120, 5], [-0.5, -1.0])], 2, [0])
     assert shown.top_logprobs == [{"\ufffd": -0.5, texts.text(5): -1.0}]
     assert shown.token_logprobs == [-3.0]
     shown.add(texts, [5], [LogprobEntry(-math.inf, 9, [], [])], 0, [0])
