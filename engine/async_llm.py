@@ -223,7 +223,7 @@ class AsyncLLM:
         if params.bad_words:
             self._need_tokenizer("bad_words")
             params = await self._on_thread(self._intake.with_bad_words, params)
-        token_ids = self._intake.encode(prompt_token_ids)
+        token_ids = self._intake.checked_ids(prompt_token_ids)
         params = self._intake.resolved(params, len(token_ids), default_max_tokens)
         request_id = await self._new_id(request_id)
         reader = self._readers.add(self._texts.add(request_id, prompt, token_ids, params), stream)

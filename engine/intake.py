@@ -132,7 +132,7 @@ class Intake:
             )
 
     def encode(self, prompt: Prompt, *, add_bos: bool = True) -> list[int]:
-        """Return the token ids of a prompt, checked against the vocabulary. `add_bos` is for a text.
+        """Return the token ids of a prompt: of a text (with BOS, if `add_bos`), or what `checked_ids` says of a list.
 
         Raises:
             RequestError: it is no valid text, or holds something else than token ids.
@@ -142,6 +142,16 @@ class Intake:
             return self.tokenizer.encode(prompt, add_bos=add_bos)
         if not is_list(prompt):
             raise RequestError(f"prompt is {describe(prompt)}; allowed: a text, or a list of token ids", "prompt")
+        return self.checked_ids(prompt)
+
+    def checked_ids(self, prompt: Sequence[int]) -> list[int]:
+        """Return the token ids of a prompt, checked against the vocabulary.
+
+        Raises:
+            RequestError: it is no list, or holds something else.
+        """
+        if not is_list(prompt):
+            raise RequestError(f"prompt is {describe(prompt)}; allowed: a list of token ids", "prompt")
         token_ids = list(prompt)
         # A long prompt is looked at in three passes of C, not id by id; only one that is refused is searched.
         if set(map(type, token_ids)) <= {int} and (

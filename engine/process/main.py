@@ -38,7 +38,8 @@ from .messages import (
     to_frame,
 )
 
-SEND_BUFFER_BYTES = 4 << 20
+SEND_BUFFER_BYTES = 1 << 20
+"""Of news that a front has not read: a dozen steps of 512 sequences."""
 RECEIVE_BYTES = 1 << 18
 _PR_SET_PDEATHSIG: Final = 1
 

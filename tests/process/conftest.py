@@ -24,6 +24,9 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 64,
 }
+BOTH = pytest.mark.parametrize("in_process", [True, False], ids=["thread", "process"])
+LONG = {"seed": 1, "max_tokens": 200}
+"""Parameters of a request that runs for a while."""
 DEADLINE_S = 170.0
 """Of one test: only a hang takes that long."""
 

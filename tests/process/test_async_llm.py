@@ -1,12 +1,8 @@
-"""Many streams over one engine: exact, cancelled, refused, cut off. The same on a thread and in a process."""
+"""What `AsyncLLM` says and does: answers, refusals, events, texts, start and end. On a thread and in a process."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +12,12 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError, EngineDeadError, RequestError
 from octavo.engine.events import EventKind, RequestEvent, StepEvent
 from octavo.engine.llm import LLM
-from octavo.engine.process.thread import MAX_UNREAD, ThreadLink
 from octavo.engine.step import FinishReason
 
-from .conftest import check_canary, collect, expected, run, start
+from .conftest import BOTH, LONG, check_canary, collect, expected, run, start
 from .faulty_engines import FAULTY, NOT_FINITE, RAISE
 
-BOTH = pytest.mark.parametrize("in_process", [True, False], ids=["thread", "process"])
 TINY = {"invariant": True, "device": "cpu", "block_size": 16, "kv_cache_tokens": 1024, "max_num_seqs": 8}
-LONG = {"seed": 1, "max_tokens": 200}
 
 
 @BOTH
@@ -62,116 +55,6 @@ def test_answers_are_those_of_llm(in_process: bool, tiny_folder: Path) -> None:
     run(main())
 
 
-@BOTH
-def test_simultaneous_streams_are_exact(in_process: bool, count: Callable[[int, int], int]) -> None:
-    num_streams = count(100, 1000)
-
-    async def main() -> None:
-        llm = await start(in_process)
-
-        async def one(index: int) -> None:
-            prompt = [index % 90, index // 90, *range(index % 17)]
-            seen: list[int] = []
-            params = llm.params({"seed": index, "max_tokens": 1 + index % 37})
-            async for answer in llm.generate(prompt, params):
-                tokens = answer.outputs[0].token_ids
-                assert tokens[: len(seen)] == seen
-                seen = list(tokens)
-            assert seen == expected(prompt, 1 + index % 37, index)
-            assert answer.outputs[0].text == "".join(chr(33 + token) for token in seen)
-            assert answer.outputs[0].finish_reason is FinishReason.LENGTH
-
-        await asyncio.gather(*[one(index) for index in range(num_streams)])
-        await check_canary(llm)
-        await llm.shutdown()
-
-    run(main())
-
-
-@BOTH
-def test_cancelled_anywhere_frees_everything(in_process: bool, count: Callable[[int, int], int], seed: int) -> None:
-    num_requests, rng = count(150, 5000), random.Random(seed)
-
-    async def main() -> None:
-        llm = await start(in_process)
-
-        async def leave(index: int, num_news: int) -> None:
-            prompt = [index % 90, index // 90, *range(rng.randrange(150))]
-            params = llm.params({"seed": index, "max_tokens": 30, "n": 1 + index % 3})
-            async with aclosing(llm.generate(prompt, params, stream=bool(index % 5))) as answers:
-                while num_news > 0 and await anext(answers, None) is not None:
-                    num_news -= 1
-
-        async def one(index: int) -> None:
-            task = asyncio.create_task(leave(index, rng.randrange(40)))
-            for _ in range(rng.randrange(12)):
-                await asyncio.sleep(0)
-            if index % 2:
-                task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-        for first in range(0, num_requests, 50):
-            await asyncio.gather(*[one(index) for index in range(first, min(first + 50, num_requests))])
-        await check_canary(llm)
-        await llm.shutdown()
-
-    run(main())
-
-
-def test_cancelled_before_the_engine_has_seen_it() -> None:
-    async def main() -> None:
-        llm = await start()
-        answers = llm.generate([1, 2], llm.params(LONG))
-        waiting = asyncio.ensure_future(anext(answers))
-        await asyncio.sleep(0)  # the request is sent; the engine's answer cannot be here before the loop runs again
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        assert llm.health.num_unfinished == 0
-        await check_canary(llm)
-        await llm.shutdown()
-
-    run(main())
-
-
-def test_an_id_is_free_once_its_reader_has_left() -> None:
-    async def main() -> None:
-        llm = await start()
-        for trial in range(20):
-            answers = llm.generate([trial], llm.params({"seed": trial, "max_tokens": 200}), request_id="mine")
-            await anext(answers)
-            with pytest.raises(RequestError, match="not in use") as refused:
-                await collect(llm, [1], request_id="mine")
-            assert refused.value.param == "request_id"
-            await answers.aclose()
-            again = await collect(llm, [5, 6], request_id="mine", params={"seed": 3, "max_tokens": 4})
-            assert again.outputs[0].token_ids == expected([5, 6], 4, 3)
-        await check_canary(llm)
-        await llm.shutdown()
-
-    run(main())
-
-
-@BOTH
-def test_abort_ends_the_stream_with_what_there_is(in_process: bool) -> None:
-    async def main() -> None:
-        llm = await start(in_process)
-        answers = llm.generate([1, 2, 3], llm.params(LONG), request_id="long")
-        await anext(answers)
-        await llm.abort("long")
-        assert (await llm.snapshot()).running == []
-        rest = [answer async for answer in answers]
-        assert rest[-1].finished
-        choice = rest[-1].outputs[0]
-        assert choice.finish_reason is FinishReason.ABORT
-        assert choice.token_ids == expected([1, 2, 3], 200, 1)[: len(choice.token_ids)]
-        await llm.abort("long")
-        await llm.abort("never heard of")
-        await check_canary(llm)
-        await llm.shutdown()
-
-    run(main())
-
-
 @pytest.mark.parametrize(
     ("prompt", "params", "param"),
     [
@@ -180,7 +63,7 @@ def test_abort_ends_the_stream_with_what_there_is(in_process: bool) -> None:
         ([264], {}, "prompt_token_ids"),
         ([1, -1], {}, "prompt_token_ids"),
         ([True], {}, "prompt_token_ids"),
-        ("text", {}, None),
+        ("text", {}, "prompt"),
         ([1], {"max_tokens": 256}, "max_tokens"),
         ([1], {"stop_token_ids": [264]}, "stop_token_ids"),
         ([1], {"return_hidden_states": [2]}, "return_hidden_states"),
@@ -188,15 +71,14 @@ def test_abort_ends_the_stream_with_what_there_is(in_process: bool) -> None:
     ],
     ids=str,
 )
-def test_refused_requests_touch_no_other(prompt: Any, params: dict[str, Any], param: str | None) -> None:
+def test_refused_requests_touch_no_other(prompt: Any, params: dict[str, Any], param: str) -> None:
     async def main() -> None:
         llm = await start()
         other = llm.generate([9, 9], llm.params(LONG))
         await anext(other)
-        if param is not None:
-            with pytest.raises(RequestError) as refused:
-                await collect(llm, prompt, params=params)
-            assert refused.value.param == param
+        with pytest.raises(RequestError) as refused:
+            await collect(llm, prompt, params=params)
+        assert refused.value.param == param
         answer = [answer async for answer in other][-1]
         assert answer.outputs[0].token_ids == expected([9, 9], 200, 1)
         await check_canary(llm)
@@ -242,94 +124,6 @@ def test_three_failed_steps_are_the_end(in_process: bool, tmp_path: Path) -> Non
         (bundle,) = (tmp_path / "new").iterdir()
         assert bundle.stat().st_mode & 0o777 == 0o600
         assert "3 steps failed" in bundle.read_text()
-
-    run(main())
-
-
-def test_a_reader_that_does_not_read_is_cut_off() -> None:
-    async def main() -> None:
-        llm = await start(max_unread=10, settings={"max_model_len": 4000})
-        slow = llm.generate([1, 2], llm.params({"seed": 1, "max_tokens": 3900}))
-        await anext(slow)
-        while (await llm.snapshot()).running:
-            pass
-        with pytest.raises(RequestError, match="more than 10 pieces"):
-            [answer async for answer in slow]
-        assert llm.health.num_unfinished == 0
-        # Who wants the end only leaves nothing unread.
-        answer = await collect(llm, [3], params={"seed": 5, "max_tokens": 100}, stream=False)
-        assert answer.outputs[0].token_ids == expected([3], 100, 5)
-        await check_canary(llm)
-        await llm.shutdown()
-
-    run(main())
-
-
-def test_a_busy_event_loop_makes_no_slow_readers() -> None:
-    async def main() -> None:
-        llm = await start(max_unread=10)
-        answers = llm.generate([1, 2], llm.params(LONG))
-        await anext(answers)
-        assert isinstance(llm._link, ThreadLink)
-        while len(llm._link._outbox._unread) < 30:  # nobody gets a turn while this one does not wait
-            assert llm._link._thread.is_alive()
-        rest = [len(answer.outputs[0].token_ids) async for answer in answers]
-        assert rest[0] >= 30
-        assert rest[-1] == 200
-        await llm.shutdown()
-
-    run(main())
-
-
-def test_an_engine_on_a_thread_waits_for_its_front() -> None:
-    async def main() -> None:
-        llm = await start()
-        answers = llm.generate([1, 2], llm.params(LONG))
-        await anext(answers)
-        assert isinstance(llm._link, ThreadLink)
-        unread = llm._link._outbox._unread
-        while len(unread) < MAX_UNREAD:
-            assert llm._link._thread.is_alive()
-        until_s = time.monotonic() + 0.2
-        while time.monotonic() < until_s:  # enough for many a step
-            assert len(unread) == MAX_UNREAD
-        assert [answer async for answer in answers][-1].outputs[0].token_ids == expected([1, 2], 200, 1)
-        await llm.shutdown()
-
-    run(main())
-
-
-@BOTH
-def test_a_stop_string_ends_the_sequence_in_the_engine(in_process: bool) -> None:
-    async def main() -> None:
-        llm = await start(in_process, settings={"max_model_len": 4000})
-        tokens = expected([1, 2], 3000, 1)
-        stop = "".join(chr(33 + token) for token in tokens[20:24])
-        for stream in (True, False):
-            params = {"seed": 1, "max_tokens": 3000, "stop": stop}
-            choice = (await collect(llm, [1, 2], params=params, stream=stream)).outputs[0]
-            assert choice.token_ids == tokens[:24]
-            assert choice.text == "".join(chr(33 + token) for token in tokens[:20])
-            assert (choice.finish_reason, choice.stop_reason) == (FinishReason.STOP, stop)
-            last = llm.ring.events[-1]
-            assert (last.kind, last.detail, last.num_tokens) == (EventKind.FINISHED, "stop", 24)
-        assert llm.ring.num_steps < 1000
-        await llm.shutdown()
-
-    run(main())
-
-
-def test_news_coalesce_and_the_end_comes_once() -> None:
-    async def main() -> None:
-        llm = await start()
-        answers = llm.generate([1, 2], llm.params({"seed": 1, "max_tokens": 60}))
-        await anext(answers)
-        await collect(llm, [3], params={"seed": 5, "max_tokens": 100})
-        rest = [answer.finished async for answer in answers]
-        assert rest == [True]
-        whole = llm.generate([1, 2], llm.params({"seed": 1, "max_tokens": 60}), stream=False)
-        assert [answer.finished async for answer in whole] == [True]
-        await llm.shutdown()
 
     run(main())
 
