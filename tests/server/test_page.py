@@ -226,6 +226,7 @@ def test_live_view_moves_while_requests_run(tiny: Running, visit: Open) -> None:
         page.wait_for_function("() => /[1-9]/.test(document.querySelectorAll('.tile b')[3].textContent)")
         assert page.evaluate(pixels, "timeline") != timeline
         assert page.evaluate(pixels, "blocks") != blocks
+        assert page.evaluate(BARS) > 0
         page.focus("#timeline")
         page.keyboard.press("ArrowLeft")
         expect(page.locator("#step-readout")).to_contain_text("decode token")
@@ -344,6 +345,15 @@ def test_recording_is_explained_as_the_engine_does(plain_files: str, visit: Open
                 long = {reason: seconds for reason, seconds in known["reasons"].items() if seconds > 1e-5}
                 assert {why: s for why, s in wait["reasons"].items() if s > 1e-5} == pytest.approx(long, abs=1e-5)
 
+
+BARS = """() => {
+    const canvas = document.getElementById("timeline");
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, 130);
+    let found = 0;
+    for (let i = 0; i < data.length; i += 4) found += data[i] === 227 && data[i + 1] === 154 && data[i + 2] === 27;
+    return found;
+}"""
+"""Pixels in the colour of prefill where the steps are."""
 
 CONTRAST = """() => {
     const probe = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
