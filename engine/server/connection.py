@@ -7,6 +7,7 @@ never reads what it is sent, would hold its connection, and its request, for as 
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from .settings import Limits
 
 __all__ = ["Connection", "connection_class"]
 
+OTHER_FILES = 32
+"""That the process has open besides its connections."""
 CRUMB_BYTES = 32
 MAX_CRUMBS = 1024
 """Pieces of a body that may be smaller than `CRUMB_BYTES` on average."""
@@ -46,6 +49,7 @@ class Connection(H11Protocol):
     """uvicorn's connection with a time for headers, bodies and writes."""
 
     limits: ClassVar[Limits] = Limits()
+    max_connections: ClassVar[int] = limits.connections
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,6 +62,16 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a new connection."""
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse(
+                HTTPError(
+                    503,
+                    f"{self.max_connections} connections are open already",
+                    code="too_many_connections",
+                    headers=[("retry-after", "1")],
+                )
+            )
+            return
         self._watch_reading(sent_something=True)
 
     def data_received(self, data: bytes) -> None:
@@ -129,6 +143,7 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = error_body(error)
             headers = [
+                *error.headers,
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
                 ("connection", "close"),
@@ -140,5 +155,15 @@ class Connection(H11Protocol):
 
 
 def connection_class(limits: Limits) -> type[Connection]:
-    """Return the class of connections with these limits, for uvicorn to make."""
-    return type("LimitedConnection", (Connection,), {"limits": limits})
+    """Return the class of connections with these limits, for uvicorn to make.
+
+    The process may open more files from now on, if it could not open enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = wanted if soft == resource.RLIM_INFINITY else soft
+    max_connections = max(1, min(limits.connections, room - OTHER_FILES))
+    return type("LimitedConnection", (Connection,), {"limits": limits, "max_connections": max_connections})

@@ -9,10 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from ..errors import RequestError
 from ..sampling_params import SamplingParams
 from ..step import FinishReason, RequestOutput
-from .body import Disconnected, send_json
+from .body import Disconnected, send_response
 from .context import Context, EncodedPrompt
 from .errors import HTTPError, as_http_error
 from .exchange import Exchange, Receive, Scope, Send
@@ -20,6 +22,8 @@ from .sse import DONE, EventStream
 from .watch import Watch
 
 __all__ = ["Answer", "Progress", "Work", "answer", "answer_head", "check_streaming", "usage"]
+
+_MANY_TOKENS = 4096
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
@@ -75,6 +79,9 @@ async def answer(context: Context, scope: Scope, receive: Receive, send: Send, w
     limits, exchange = context.settings.limits, Exchange.of(scope)
     _check_budget(context, work)
     ids = _engine_ids(context, work)
+    for engine_id in ids:
+        # One of this name may have just left, and the engine not know yet.
+        await context.llm.abort(engine_id)
     lengths = {engine_id: len(prompt.token_ids) for engine_id, prompt in zip(ids, work.prompts, strict=True)}
     exchange.num_prompt_tokens = sum(lengths.values())
     stream: EventStream | None = None
@@ -97,7 +104,7 @@ async def answer(context: Context, scope: Scope, receive: Receive, send: Send, w
                     await stream.write(form.closing(outputs) + DONE)
                     await stream.end()
         if stream is None:
-            await send_json(send, form.whole(outputs))
+            await _send_whole(send, form, outputs)
     except Disconnected:
         raise
     except Exception as error:
@@ -111,6 +118,16 @@ async def answer(context: Context, scope: Scope, receive: Receive, send: Send, w
     finally:
         if stream is not None:
             stream.close()
+
+
+async def _send_whole(send: Send, form: Answer, outputs: Sequence[RequestOutput]) -> None:
+    num_tokens = num_output_tokens(outputs) + sum(len(output.prompt_token_ids) for output in outputs)
+    if num_tokens > _MANY_TOKENS:
+        # With log-probabilities of all of them this takes longer than other clients should wait.
+        body = await asyncio.to_thread(lambda: msgspec.json.encode(form.whole(outputs)))
+    else:
+        body = msgspec.json.encode(form.whole(outputs))
+    await send_response(send, 200, body, "application/json")
 
 
 def _check_budget(context: Context, work: Work) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -96,6 +97,7 @@ class Server:
             The exit status: 0 after a stop, 1 after the engine's death.
         """
         admission = self.app.context.admission
+        asyncio.get_running_loop().set_exception_handler(_on_loop_error)
         with _signals(self._on_signal):
             serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
             while not self._uvicorn.started and not serving.done():
@@ -147,6 +149,15 @@ async def run_server(
 ) -> int:
     """Serve an engine until SIGTERM or SIGINT, or its death; see `Server`."""
     return await Server(llm, settings, listener).run(on_ready)
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what goes wrong outside of requests; a lack of files in few words, as asyncio says it thousands of times."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and "socket" in context and "accept" in context["message"]:
+        _LOG.debug("no connection can be taken: %s", error.strerror)
+    else:
+        loop.default_exception_handler(context)
 
 
 class _Uvicorn(uvicorn.Server):

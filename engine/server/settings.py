@@ -33,6 +33,7 @@ class Limits:
     headers: int = _limit(100, "of a request (431)")
     header_s: float = _limit(10.0, "from the beginning of a request to the end of its headers (408)")
     body_s: float = _limit(30.0, "from there to the end of the body (408); and for a client to take what is written")
+    connections: int = _limit(4096, "open at the same time, and at most what the system allows (503)")
     keep_alive_s: float = _limit(5.0, "an idle connection is kept")
     queue_s: float = _limit(60.0, "a request may wait for its turn (503)")
     request_s: float = _limit(600.0, "a request may take in all (504)")

@@ -235,6 +235,31 @@ def test_tokenize(fake: Running) -> None:
     assert chat["count"] == asked.prompt_tokens
 
 
+def test_request_id_is_free_again(fake: Running) -> None:
+    """A client that has left may come back under the same name at once."""
+    headers = {"X-Request-Id": "again"}
+    for _ in range(5):
+        stream = fake.client.completions.create(
+            model="fake", prompt="a", max_tokens=2000, stream=True, extra_headers=headers
+        )
+        next(iter(stream))
+        with pytest.raises(openai.ConflictError) as refused:
+            fake.client.completions.create(model="fake", prompt="a", extra_headers=headers)
+        assert refused.value.param == "X-Request-Id"
+        stream.close()
+        fake.eventually(lambda: not fake.server.app.context.admission.is_active("cmpl-again"))
+
+
+def test_large_whole_answers(fake: Running) -> None:
+    answer = fake.client.completions.create(
+        model="fake", prompt=[[1] * 1500] * 4, max_tokens=2, echo=True, logprobs=3, seed=1
+    )
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert len(choice.logprobs.tokens or []) == 1502
+        assert choice == choice.model_copy(update={"text": answer.choices[0].text})
+
+
 def test_request_id(fake: Running) -> None:
     headers = {"X-Request-Id": "my-own.id:7"}
     raw = fake.client.completions.with_raw_response.create(model="fake", prompt="a", extra_headers=headers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -61,9 +62,17 @@ class Served:
 
 
 @contextmanager
-def _served(timeout_s: float) -> Iterator[Served]:
+def _served(timeout_s: float, *, max_files: int | None = None) -> Iterator[Served]:
+    def starve() -> None:
+        if max_files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
+
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(timeout_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(SCRIPT), str(timeout_s)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=starve,
     )
     try:
         yield Served(process)
@@ -182,3 +191,22 @@ def test_death_of_the_engine(count: Callable[[int, int], int]) -> None:
             for stream in streams:
                 stream.check_cut_short("engine_dead")
             assert served.wait() == 1
+
+
+def test_few_files_and_no_stdout() -> None:
+    """More clients than files: they wait or are turned away, and when they have gone all is as before."""
+    with _served(5.0, max_files=64) as served:
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+        crowd = [socket.create_connection(served.address, WAIT_S) for _ in range(100)]
+        # The first of them are served; the system may throw the word to the others away with their connection.
+        assert served.ask("/livez")[0] in (0, 503)
+        crowd[0].sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert crowd[0].recv(100).startswith(b"HTTP/1.1 200")
+        for sock in crowd:
+            sock.close()
+        while served.ask("/health")[0] != 200:
+            pass
+        Stream(served, 50, 1).check_whole()
+        served.process.send_signal(signal.SIGTERM)
+        assert served.wait() == 0
