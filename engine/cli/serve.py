@@ -19,12 +19,13 @@ from ..errors import ConfigError
 from .endings import OK
 from .flags import Options
 from .log_lines import LogLines
-from .serve_options import chat_template, limit_lines, server_settings
+from .serve_options import chat_template, crash_folder, limit_lines, server_settings
 from .startup_lines import StartBar, startup_lines
 from .terminal import printable, show, stderr
 
 if TYPE_CHECKING:
     import socket
+    from pathlib import Path
 
     from ..async_llm import AsyncLLM
     from ..server.settings import ServerSettings
@@ -61,6 +62,7 @@ def serve(
     if options.sampling:
         raise ConfigError("[sampling] is given; every request says its own, and --generation-config the defaults")
     settings, template, config = server_settings(options.own), chat_template(options.own), options.config
+    crashes = crash_folder(options.own)
     if model_name is not None:
         if options.names_model:
             raise ConfigError(
@@ -69,13 +71,14 @@ def serve(
         config = dataclasses.replace(config, model=model_name)
     # Before the model is loaded: a port that is taken costs no time then.
     with bind(settings) as listener, LogLines(sys.stderr, quiet=options.quiet):
-        return asyncio.run(_serve(config, settings, template, listener, start_s, quiet=options.quiet))
+        return asyncio.run(_serve(config, settings, template, crashes, listener, start_s, quiet=options.quiet))
 
 
 async def _serve(
     config: EngineConfig,
     settings: ServerSettings,
     template: str | None,
+    crashes: Path,
     listener: socket.socket,
     start_s: float,
     *,
@@ -92,6 +95,7 @@ async def _serve(
             on_weights=bar.on_weights,
             chat_template=template,
             max_unread=settings.limits.unread_events,
+            crash_folder=crashes,
         )
     try:
         if template is not None:

@@ -5,6 +5,7 @@ octavo.toml. It does not know what is served.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import ConfigError, describe
 if TYPE_CHECKING:
     from ..server.settings import Limits, ServerSettings
 
-__all__ = ["ServeOptions", "chat_template", "limit_lines", "server_settings"]
+__all__ = ["ServeOptions", "chat_template", "crash_folder", "limit_lines", "server_settings"]
 
 MAX_TEMPLATE_BYTES = 1 << 20
 _KINDS: Mapping[str, tuple[str, type | tuple[type, ...]]] = {
@@ -27,6 +28,7 @@ _KINDS: Mapping[str, tuple[str, type | tuple[type, ...]]] = {
     "limits": ("a table", dict),
     "shutdown_timeout": ("a number of seconds", (int, float)),
     "metrics_prefix": ("a string", str),
+    "crash_folder": ("a folder's path", (str, Path)),
 }
 """What [server] may hold."""
 
@@ -51,6 +53,8 @@ class ServeOptions:
     """Seconds that requests may go on after SIGTERM."""
     metrics_prefix: str = "octavo:"
     """Of metrics' names; with vllm: existing dashboards work."""
+    crash_folder: Path | None = None
+    """Where a dying engine leaves its last steps, without any text; not given: the folder for temporary files."""
 
 
 def server_settings(values: Mapping[str, Any]) -> ServerSettings:
@@ -103,6 +107,18 @@ def chat_template(values: Mapping[str, Any]) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise ConfigError(f"--chat-template {file} cannot be read: {reason}") from None
+
+
+def crash_folder(values: Mapping[str, Any]) -> Path:
+    """Return where to leave a crash bundle.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
+    folder = Path(values.get("crash_folder") or tempfile.gettempdir())
+    if not folder.is_dir():
+        raise ConfigError(f"--crash-folder is {str(folder)!a}; allowed: a folder that is there")
+    return folder
 
 
 def limit_lines() -> list[str]:

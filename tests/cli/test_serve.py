@@ -135,6 +135,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str]] = [
     (("--api-key-file", "/nowhere/keys"), "", "--api-key-file /nowhere/keys cannot be read: No such file"),
     (("--api-key-file", "/dev/null"), "", "--api-key-file /dev/null holds no key"),
     (("--chat-template", "/nowhere/t"), "", "--chat-template /nowhere/t cannot be read"),
+    (("--crash-folder", "/nowhere"), "", "--crash-folder is '/nowhere'; allowed: a folder that is there"),
     (("--limit", "queue=3"), "", "unknown limit 'queue'; allowed: body_bytes, "),
     (("--limit", "queue_requests"), "", "allowed: NAME=X"),
     (("--limit", "queue_requests=-1"), "", "limit queue_requests is -1"),
@@ -251,6 +252,22 @@ def test_it_says_where_the_seconds_went_and_how_to_ask_and_logs_no_prompt(model_
     assert "swordfish" not in log
     assert "\x1b" not in log
     assert all(re.match(r"\d\d:\d\d:\d\d [A-Z]+ +\S", line) for line in log.splitlines())
+
+
+def test_a_dead_engine_ends_it_and_leaves_what_is_known_without_texts(model_folder: Path, tmp_path: Path) -> None:
+    with served(model_folder, "--crash-folder", tmp_path) as server:
+        server.complete()
+        found = re.search(r"start the engine's process +pid (\d+)", server.log())
+        assert found is not None, server.log()
+        os.kill(int(found[1]), signal.SIGKILL)
+        assert server.process.wait(timeout=60) == 1
+        (bundle,) = tmp_path.glob("octavo-crash-*.json")
+        assert f"what is known of its end is in {bundle}" in server.log()
+    text = bundle.read_text()
+    assert bundle.stat().st_mode & 0o777 == 0o600
+    assert "was killed by SIGKILL" in json.loads(text)["error"]["message"]
+    assert json.loads(text)["recording"]["steps"], "the bundle has no steps"
+    assert "swordfish" not in text
 
 
 def test_a_full_disk_a_closed_stdout_and_few_files_do_not_stop_it(model_folder: Path) -> None:
