@@ -15,9 +15,13 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from .errors import HTTPError, error_body
+from .exchange import Receive, Scope, Send
 from .settings import Limits
 
-__all__ = ["Connection", "connection_class"]
+__all__ = ["CONNECTION", "Connection", "connection_class"]
+
+CONNECTION = "octavo.connection"
+"""Where a scope has its connection, if it came over one."""
 
 OTHER_FILES = 32
 """That the process has open besides its connections."""
@@ -54,6 +58,13 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = _Parser(self.limits.header_bytes)
+        routes = self.app
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[CONNECTION] = self
+            await routes(scope, receive, send)
+
+        self.app = app
         self._reading: asyncio.TimerHandle | None = None
         self._awaited: type | None = None
         """The state of the client that the timer ends: before the end of its headers, or of its body."""
@@ -73,6 +84,16 @@ class Connection(H11Protocol):
             )
             return
         self._watch_reading(sent_something=True)
+
+    async def write_chunk(self, data: bytes) -> None:
+        """Send a piece, which may not be empty, of a body that has begun and is chunked.
+
+        It goes past h11, whose checks of each piece cost as much as all else that a stream does for one.
+        """
+        if self.flow.write_paused:
+            await self.flow.drain()
+        if not self.cycle.disconnected:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def data_received(self, data: bytes) -> None:
         """Take what the client has sent."""

@@ -89,7 +89,7 @@ async def answer(context: Context, scope: Scope, receive: Receive, send: Send, w
         async with Watch(receive, limits.request_s) as watch:
             with context.admission.enter(watch, lengths, work.params.n) as ticket:
                 if work.stream:
-                    stream = EventStream(send, limits.ping_s, lambda: ticket.admitted)
+                    stream = EventStream(scope, send, limits.ping_s, lambda: ticket.admitted)
                 outputs: list[Any] = [None] * len(ids)
                 async with aclosing(_outputs(context, work, ids, exchange)) as news:
                     opening = form.opening() if stream is not None else b""

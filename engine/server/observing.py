@@ -49,7 +49,7 @@ class Live:
             return
         context = self._context
         feed = LiveFeed(context.ring, context.metrics)
-        stream = EventStream(send, context.settings.limits.ping_s)
+        stream = EventStream(scope, send, context.settings.limits.ping_s)
         self._num_watchers += 1
         try:
             async with Watch(receive, _DAY_S):

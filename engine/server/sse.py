@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import msgspec
 
+from .connection import CONNECTION
 from .errors import HTTPError, error_body
-from .exchange import Message, Send
+from .exchange import Message, Scope, Send
 
 __all__ = ["DONE", "EventStream", "event"]
 
 DONE = b"data: [DONE]\n\n"
-_PING: Message = {"type": "http.response.body", "body": b": ping\n\n", "more_body": True}
 _START: Message = {
     "type": "http.response.start",
     "status": 200,
@@ -37,13 +37,15 @@ class EventStream:
     first only where the work has begun.
 
     Args:
-        send: of ASGI.
+        scope, send: of ASGI.
         ping_s: time without an event, seconds.
         has_begun: whether the status may be sent although there is no event yet.
     """
 
-    def __init__(self, send: Send, ping_s: float, has_begun: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, scope: Scope, send: Send, ping_s: float, has_begun: Callable[[], bool] = lambda: True) -> None:
         self._send = send
+        connection = scope.get(CONNECTION) if scope["http_version"] == "1.1" and scope["method"] != "HEAD" else None
+        self._write_chunk = self._send_body if connection is None else connection.write_chunk
         self._ping_s = ping_s
         self._has_begun = has_begun
         self._loop = asyncio.get_running_loop()
@@ -59,7 +61,7 @@ class EventStream:
             await self._ping
         if not self.started:
             await self._start()
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        await self._write_chunk(events)
 
     async def end(self) -> None:
         """Send the end of the response."""
@@ -95,5 +97,8 @@ class EventStream:
     async def _comment(self) -> None:
         if not self.started:
             await self._start()
-        await self._send(_PING)
+        await self._write_chunk(b": ping\n\n")
         self._ping = None
+
+    async def _send_body(self, events: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})

@@ -283,7 +283,7 @@ def test_ping() -> None:
             if message.get("body", b"").startswith(b":"):
                 has_pinged.set()
 
-        stream = EventStream(send, 0.01, lambda: has_begun[0])
+        stream = EventStream({"http_version": "1.1", "method": "POST"}, send, 0.01, lambda: has_begun[0])
         await asyncio.sleep(0.05)
         assert sent == []
         has_begun[0] = True
