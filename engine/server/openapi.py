@@ -5,6 +5,7 @@ It is made from the tables that check requests, so it says what they do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from html import escape
@@ -117,6 +118,11 @@ def field_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _marked(text: str) -> str:
+    """Return a text for HTML, with what stands between backticks as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
+
+
 def docs_page() -> str:
     """Return the routes and their fields as a page that loads nothing but its own style."""
     parts = [
@@ -128,7 +134,7 @@ def docs_page() -> str:
         parts.append(f"<h2><code>{route.method} {escape(route.path)}</code></h2><p>{escape(route.summary)}</p>")
         if route.fields is not None:
             rows = "".join(
-                f"<tr><td><code>{escape(field.name)}</code></td><td>{escape(field.effect)}</td></tr>"
+                f"<tr><td><code>{escape(field.name)}</code></td><td>{_marked(field.effect)}</td></tr>"
                 for field in route.fields.values()
             )
             parts.append(f"<table><tr><th>field</th><th>what happens</th></tr>{rows}</table>")
