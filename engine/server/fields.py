@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 from ..errors import RequestError, describe
@@ -55,8 +56,11 @@ def read_fields(table: Mapping[str, Field], body: Mapping[str, Any]) -> Given:
     for name, value in body.items():
         field = table.get(name)
         if field is None:
-            allowed = ", ".join(table)
-            raise RequestError(f"unknown field {describe(name)}; allowed: {allowed}", param=name[:64])
+            near = get_close_matches(name[:64], table, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise RequestError(
+                f"unknown field {describe(name)}; {hint}allowed: those that /docs lists", param=name[:64]
+            )
         if value is None:
             continue
         if field.kind == "sampling":

@@ -112,6 +112,12 @@ def test_unknown_fields(fake: Running, path: str) -> None:
         assert response.error["param"] in (name[:64], "\\ud800", "messages", "prompt", "tokens")
 
 
+def test_unknown_fields_that_are_nearly_known(fake: Running) -> None:
+    response = _ask(fake, "chat", temprature=1)
+    assert response.error["param"] == "temprature"
+    assert "did you mean temperature?" in response.error["message"]
+
+
 @pytest.mark.parametrize("route", PATHS)
 def test_model(fake: Running, route: str) -> None:
     assert _answer(fake, route, model="fake")["model"] == "fake"
