@@ -161,7 +161,7 @@ class AsyncLLM:
             RequestError: it is no valid text, or the model has no tokenizer.
         """
         self._need_tokenizer("prompt")
-        return await self._on_thread(self._intake.encode, text, add_bos=add_bos)
+        return await self.on_text_thread(self._intake.encode, text, add_bos=add_bos)
 
     async def encode_chat(
         self,
@@ -179,13 +179,22 @@ class AsyncLLM:
         """
         self._need_tokenizer("messages")
 
-        return await self._on_thread(
+        return await self.on_text_thread(
             self._intake.encode_chat,
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             chat_template_kwargs=chat_template_kwargs,
         )
+
+    async def on_text_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run work on texts where tokenising runs, a few at a time; what was not begun when its caller left never is.
+
+        Raises:
+            EngineDeadError: the engine is dead.
+        """
+        self._check_alive()
+        return await self._loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
     async def generate(
         self,
@@ -196,6 +205,7 @@ class AsyncLLM:
         prompt: str | None = None,
         stream: bool = True,
         default_max_tokens: int | None = None,
+        more_stops: Sequence[str] = (),
         cache_domain: str = "",
         arrived_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -208,6 +218,7 @@ class AsyncLLM:
             prompt: the prompt's text, for the answer to repeat.
             stream: say something whenever there are new tokens, instead of at the end only.
             default_max_tokens: where `params` has no `max_tokens`; None: the context left.
+            more_stops: strings that end the output besides those of `params`.
             cache_domain: whom the request comes from: prefix blocks never cross domains.
             arrived_s: when it did, by `time.monotonic`; None: now. Metrics and explanations count from there.
 
@@ -222,13 +233,13 @@ class AsyncLLM:
         params = self._intake.with_defaults(params or SamplingParams())
         if params.bad_words:
             self._need_tokenizer("bad_words")
-            params = await self._on_thread(self._intake.with_bad_words, params)
+            params = await self.on_text_thread(self._intake.with_bad_words, params)
         token_ids = self._intake.checked_ids(prompt_token_ids)
         params = self._intake.resolved(params, len(token_ids), default_max_tokens)
         request_id = await self._new_id(request_id)
-        reader = self._readers.add(self._texts.add(request_id, prompt, token_ids, params), stream)
+        reader = self._readers.add(self._texts.add(request_id, prompt, token_ids, params, more_stops=more_stops), stream)
         try:
-            engine_streams = stream or self._texts.needs_every_token(params)
+            engine_streams = stream or bool(more_stops) or self._texts.needs_every_token(params)
             arrived_s = time.monotonic() if arrived_s is None else arrived_s
             packed = packed_params(params)
             self._link.send(AddRequest(request_id, token_ids, *packed, engine_streams, cache_domain, arrived_s))
@@ -307,10 +318,6 @@ class AsyncLLM:
         if request_id in self._readers:
             raise RequestError(f"request_id is {request_id!r}; allowed: one that is not in use", "request_id")
         return request_id
-
-    async def _on_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        self._check_alive()
-        return await self._loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
     def _need_tokenizer(self, param: str) -> None:
         if self._tokenizer is None:

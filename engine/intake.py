@@ -13,7 +13,7 @@ from .errors import ConfigError, RequestError, describe
 from .sampling_params import SamplingParams
 from .text import ChatTemplate, Tokenizer
 
-__all__ = ["DEFAULT_MAX_TOKENS", "Intake", "Prompt", "is_list"]
+__all__ = ["DEFAULT_MAX_TOKENS", "Intake", "Prompt", "check_ids", "is_list"]
 
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
@@ -153,18 +153,23 @@ class Intake:
         if not is_list(prompt):
             raise RequestError(f"prompt is {describe(prompt)}; allowed: a list of token ids", "prompt")
         token_ids = list(prompt)
-        # A long prompt is looked at in three passes of C, not id by id; only one that is refused is searched.
-        if set(map(type, token_ids)) <= {int} and (
-            not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._vocab_size)
-        ):
-            return token_ids
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self._vocab_size:
-                raise RequestError(
-                    f"prompt_token_ids holds {describe(token_id)}; allowed: integers from 0 to {self._vocab_size - 1}",
-                    "prompt_token_ids",
-                )
+        check_ids(token_ids, self._vocab_size, "prompt_token_ids")
         return token_ids
+
+
+def check_ids(token_ids: Sequence[Any], vocab_size: int, param: str) -> None:
+    """Check token ids against a vocabulary.
+
+    Raises:
+        RequestError: something is no id of it.
+    """
+    # Many are looked at in three passes of C, not id by id; only where one is refused it is searched for.
+    if set(map(type, token_ids)) <= {int} and (not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size)):
+        return
+    for token_id in token_ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            allowed = f"integers from 0 to {vocab_size - 1}"
+            raise RequestError(f"{param} holds {describe(token_id)}; allowed: {allowed}", param)
 
 
 def is_list(value: object) -> bool:

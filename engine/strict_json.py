@@ -12,12 +12,20 @@ MAX_DEPTH = 64
 """Arrays and objects inside one another; whoever walks a parsed value may recurse."""
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, max_containers: int | None = None) -> Any:
     """Parse JSON without NaN, Infinity, doubled keys, endless integers or bottomless nesting.
+
+    Args:
+        text: the JSON.
+        max_containers: arrays and objects, or brackets in strings, that are taken; None: any number. A few bytes of
+            text make each of them, and hundreds of bytes and as many times the work come of it.
 
     Raises:
         ValueError: it is not such JSON; says why in a few words.
     """
+    num_containers = text.count("[") + text.count("{")
+    if max_containers is not None and num_containers > max_containers:
+        raise ValueError(f"it has {num_containers} opening brackets; allowed: {max_containers}")
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -28,7 +36,7 @@ def parse_json(text: str) -> Any:
         # Python's own words about an integer of more digits than it converts name a function of its own.
         raise ValueError("an integer has too many digits" if "limit" in str(error) else str(error)) from None
     # Walking a value costs as much as parsing it, and hardly any text opens so many.
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    if num_containers > MAX_DEPTH:
         _check_depth(value)
     return value
 

@@ -32,6 +32,8 @@ class Ticket:
     """For each prompt."""
     admitted: bool = False
     """The engine has begun with one of its prompts."""
+    is_sent: bool = False
+    """The engine knows no other request of its ids any more: what it says of them concerns this one."""
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
@@ -43,6 +45,9 @@ class Admission:
         self._tickets: set[Ticket] = set()
         self._waiting: dict[str, Ticket] = {}
         self._ids: set[str] = set()
+        self.num_texts = 0
+        """Requests whose texts become tokens, or wait for that."""
+        self._num_text_bytes = 0
         self.num_waiting = 0
         """Sequences."""
         self.num_waiting_tokens = 0
@@ -68,9 +73,12 @@ class Admission:
             num_sequences: for each prompt.
 
         Raises:
-            HTTPError: 429 where the queue is full, 503 where the server is closing.
+            HTTPError: 409 where one of the ids is being answered already, 429 where the queue is full, 503 where the
+                server is closing.
             RequestError: the request alone is more than the queue takes.
         """
+        if not self._ids.isdisjoint(num_tokens):
+            raise HTTPError(409, "a request of this X-Request-Id is being answered already", param="X-Request-Id")
         self._check_room(len(num_tokens) * num_sequences, sum(num_tokens.values()))
         ticket = Ticket(watch, dict(num_tokens), num_sequences)
         late = HTTPError(
@@ -92,7 +100,33 @@ class Admission:
             self._tickets.discard(ticket)
             self._ids.difference_update(num_tokens)
             for engine_id in num_tokens:
-                self._take_from_queue(engine_id)
+                self._take_from_queue(engine_id, ticket)
+
+    @contextmanager
+    def encoding(self, num_bytes: int) -> Iterator[None]:
+        """Give a request's texts their place among those that become tokens, for as long as the block lasts.
+
+        Args:
+            num_bytes: of its body.
+
+        Raises:
+            HTTPError: 429 where too many wait for that, 503 where the server is closing.
+        """
+        self._check_open()
+        limits, full = self._limits, None
+        if self.num_texts >= limits.queue_requests:
+            full = f"{self.num_texts} texts wait already; allowed: {limits.queue_requests}"
+        elif self.num_texts and self._num_text_bytes + num_bytes > limits.queue_text_bytes:
+            full = f"{self._num_text_bytes} bytes of texts wait already; allowed: {limits.queue_text_bytes}"
+        if full is not None:
+            raise _queue_full(full)
+        self.num_texts += 1
+        self._num_text_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self.num_texts -= 1
+            self._num_text_bytes -= num_bytes
 
     def close(self, reason: HTTPError) -> None:
         """Let nobody in any more."""
@@ -101,20 +135,21 @@ class Admission:
     def end_all(self, reason: HTTPError) -> None:
         """End everything that is being answered."""
         for ticket in list(self._tickets):
-            ticket.watch.end(reason)
+            ticket.watch.end(reason.again())
 
     def on_request(self, event: RequestEvent) -> None:
         """Take what the engine did with a sequence."""
-        if event.kind is EventKind.ADMITTED:
-            self._take_from_queue(event.request_id)
+        ticket = self._waiting.get(event.request_id)
+        if event.kind is EventKind.ADMITTED and ticket is not None and ticket.is_sent:
+            self._take_from_queue(event.request_id, ticket)
 
     def on_step(self, event: StepEvent) -> None:
         """Take a step of the engine."""
 
-    def _take_from_queue(self, engine_id: str) -> None:
-        ticket = self._waiting.pop(engine_id, None)
-        if ticket is None:
+    def _take_from_queue(self, engine_id: str, ticket: Ticket) -> None:
+        if self._waiting.get(engine_id) is not ticket:
             return
+        del self._waiting[engine_id]
         ticket.admitted = True
         if ticket.timer is not None:
             ticket.timer.cancel()
@@ -122,8 +157,7 @@ class Admission:
         self.num_waiting_tokens -= ticket.waiting.pop(engine_id)
 
     def _check_room(self, num_sequences: int, num_tokens: int) -> None:
-        if self.closed is not None:
-            raise self.closed
+        self._check_open()
         limits = self._limits
         if num_sequences > limits.queue_requests:
             allowed = f"prompts times n of at most {limits.queue_requests}"
@@ -137,4 +171,12 @@ class Admission:
         elif self.num_waiting_tokens + num_tokens > limits.queue_tokens:
             full = f"{self.num_waiting_tokens} prompt tokens wait already; allowed: {limits.queue_tokens}"
         if full is not None:
-            raise HTTPError(429, f"the queue is full: {full}", code="queue_full", headers=[_RETRY])
+            raise _queue_full(full)
+
+    def _check_open(self) -> None:
+        if self.closed is not None:
+            raise self.closed.again()
+
+
+def _queue_full(why: str) -> HTTPError:
+    return HTTPError(429, f"the queue is full: {why}", code="queue_full", headers=[_RETRY])

@@ -75,7 +75,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings | None = None) -> App:
     for path in static.paths:
         if path not in endpoints:
             router.routes.append(Route(path, static, methods=["GET"]))
-    open_paths = static.page_paths | {spec.path for spec in ROUTES if not spec.needs_key}
+    open_paths = {*static.paths, *(spec.path for spec in ROUTES if not spec.needs_key)}
     # The guard stands in the place of FastAPI's own stack, whose error handling answers in another form.
     app.middleware_stack = Guard(
         router,

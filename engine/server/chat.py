@@ -16,7 +16,7 @@ from .constraints import Constraints
 from .context import Context, EncodedPrompt, check_model, encode_messages
 from .exchange import Exchange, Receive, Scope, Send
 from .fields import CHAT, read_fields
-from .generation import Progress, Work, answer, answer_head, check_streaming, usage
+from .generation import Answer, Progress, Work, answer, answer_head, check_streaming, usage
 from .logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from .message import Delta, MessageReader, whole_message
 from .sse import event
@@ -64,27 +64,31 @@ class Chat:
         session = constraints.session
         with constraints.named():
             params, options = self._read(given.sampling, route)
-        token_ids = await encode_messages(
-            context.llm,
-            route["messages"],
-            tools=None if session is None else session.tools,
-            add_generation_prompt=route.get("add_generation_prompt", True),
-            chat_template_kwargs=route.get("chat_template_kwargs"),
-        )
-        work = Work(
-            answer_id=f"chatcmpl-{Exchange.of(scope).request_id}",
-            prompts=[EncodedPrompt(token_ids)],
-            params=params,
-            default_max_tokens=None,
-            stream=stream,
-        )
-        prompt_end = None
-        if context.llm.tokenizer is not None and context.llm.chat_template.thinks:
-            prompt_end = context.llm.tokenizer.decode(token_ids[-8:], skip_special_tokens=False)
-        readers = [MessageReader(session, prompt_end) for _ in range(params.n)]
-        form = _ChatAnswer(context, work, options, self._texts, readers)
+
+        async def prepare() -> tuple[Work, Answer]:
+            token_ids = await encode_messages(
+                context.llm,
+                route["messages"],
+                tools=None if session is None else session.tools,
+                add_generation_prompt=route.get("add_generation_prompt", True),
+                chat_template_kwargs=route.get("chat_template_kwargs"),
+            )
+            work = Work(
+                answer_id=f"chatcmpl-{Exchange.of(scope).request_id}",
+                prompts=[EncodedPrompt(token_ids)],
+                params=params,
+                default_max_tokens=None,
+                stream=stream,
+                more_stops=constraints.stops,
+            )
+            prompt_end = None
+            if context.llm.tokenizer is not None and context.llm.chat_template.thinks:
+                prompt_end = context.llm.tokenizer.decode(token_ids[-8:], skip_special_tokens=False)
+            readers = [MessageReader(session, prompt_end) for _ in range(params.n)]
+            return work, _ChatAnswer(context, work, options, self._texts, readers)
+
         with constraints.named():
-            await answer(context, scope, receive, send, work, form)
+            await answer(context, scope, receive, send, prepare)
 
     def _read(self, sampling: dict[str, Any], route: dict[str, Any]) -> tuple[SamplingParams, _Options]:
         """Return what goes to the sampler, and what is left for the answer's form."""

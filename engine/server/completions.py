@@ -16,7 +16,7 @@ from .body import read_object
 from .context import Context, EncodedPrompt, check_model, encode_prompts
 from .exchange import Exchange, Receive, Scope, Send
 from .fields import COMPLETIONS, read_fields
-from .generation import Progress, Work, answer, answer_head, check_streaming, usage
+from .generation import Answer, Progress, Work, answer, answer_head, check_streaming, usage
 from .logprobs import CompletionLogprobs, Offsets, TokenTexts, prompt_logprobs
 from .sse import event
 
@@ -67,14 +67,18 @@ class Completions:
         check_model(context, route.get("model"))
         stream = check_streaming(route, given.sampling)
         params, options = self._read(given.sampling, route, stream=stream)
-        work = Work(
-            answer_id=f"cmpl-{Exchange.of(scope).request_id}",
-            prompts=await encode_prompts(context.llm, route["prompt"]),
-            params=params,
-            default_max_tokens=DEFAULT_MAX_TOKENS,
-            stream=stream,
-        )
-        await answer(context, scope, receive, send, work, _CompletionAnswer(context, work, options, self._texts))
+
+        async def prepare() -> tuple[Work, Answer]:
+            work = Work(
+                answer_id=f"cmpl-{Exchange.of(scope).request_id}",
+                prompts=await encode_prompts(context.llm, route["prompt"]),
+                params=params,
+                default_max_tokens=DEFAULT_MAX_TOKENS,
+                stream=stream,
+            )
+            return work, _CompletionAnswer(context, work, options, self._texts)
+
+        await answer(context, scope, receive, send, prepare)
 
     def _read(
         self, sampling: dict[str, Any], route: dict[str, Any], *, stream: bool

@@ -141,7 +141,9 @@ class Connection(H11Protocol):
         error = sys.exc_info()[1]
         status = 400
         if isinstance(error, h11.RemoteProtocolError):
-            status, msg = error.error_status_hint, f"this is no HTTP that is understood here: {error}"
+            # Of a transfer coding that nobody has h11 says 501, but the server has not failed.
+            hint = error.error_status_hint
+            status, msg = 400 if hint >= 500 else hint, f"this is no HTTP that is understood here: {error}"
         if status == 431:
             msg = f"the headers are too large; allowed: {self.limits.header_bytes} bytes"
         self._refuse(HTTPError(status, msg))

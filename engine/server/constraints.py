@@ -22,10 +22,11 @@ class Constraints:
     Args:
         llm: whose template decides how calls are spelled.
         route: the request's own fields.
-        sampling: its sampling parameters; gets what follows from the format and the tools.
+        sampling: its sampling parameters; gets the format that is wanted, by whatever name.
 
     Attributes:
         session: reads calls out of the answer; None where there are no tools to call.
+        stops: strings that end the answer besides the request's own.
 
     Raises:
         RequestError: something is not allowed, or asks for two formats at once.
@@ -34,6 +35,7 @@ class Constraints:
     def __init__(self, llm: AsyncLLM, route: Mapping[str, Any], sampling: dict[str, Any]) -> None:
         self._source = "structured_outputs"
         self.session: ToolSession | None = None
+        self.stops: tuple[str, ...] = ()
         if (wanted := _read_format(route.get("response_format"))) is not None:
             self._set(sampling, wanted, "response_format")
         if "tools" not in route and "tool_choice" not in route:
@@ -46,16 +48,14 @@ class Constraints:
             raise RequestError(str(error), "tools") from None
         session = ToolSession(
             # An empty list is what clients send that have none.
-            route.get("tools") or None,
+            None if route.get("tools") == [] else route.get("tools"),
             route.get("tool_choice"),
             parallel=route.get("parallel_tool_calls", True),
             tool_format=tool_format,
         )
         if session.structured_outputs is not None:
             self._set(sampling, session.structured_outputs, "tools")
-        if session.stop:
-            given = sampling.get("stop", [])
-            sampling["stop"] = [*([given] if isinstance(given, str) else given), *session.stop]
+        self.stops = session.stop
         if session.tools is not None:
             self.session = session
 

@@ -5,34 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..async_llm import AsyncLLM
 from ..errors import CheckpointError, ConfigError, RequestError, describe
+from ..intake import check_ids
 from ..observe.metrics import Metrics
 from ..observe.ring import EventRing
-from ..text import Tokenizer
-from ..text.pieces import BytePieces
 from .admission import Admission
 from .errors import HTTPError
+from .fields import MAX_PROMPTS, MAX_TOKEN_IDS
 from .settings import ServerSettings
 
 __all__ = [
     "Context",
     "EncodedPrompt",
-    "check_ids",
     "check_model",
     "encode_messages",
     "encode_prompts",
-    "encode_text",
     "model_names",
 ]
-
-MAX_PROMPTS = 1024
-_USUAL_CHARS = 16
-"""A token has hardly ever more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,50 +92,13 @@ async def encode_prompts(llm: AsyncLLM, prompt: Any) -> list[EncodedPrompt]:
     encoded: list[EncodedPrompt] = []
     for each in prompts:
         if isinstance(each, str) and each:
-            await _check_length(llm, each)
-            with_ids = EncodedPrompt(await encode_text(llm, each), each)
-        elif isinstance(each, list) and set(map(type, each)) == {int}:
-            with_ids = EncodedPrompt(each)
+            encoded.append(EncodedPrompt(await llm.encode(each), each))
+        elif isinstance(each, list) and 1 <= len(each) <= MAX_TOKEN_IDS and set(map(type, each)) == {int}:
+            check_ids(each, llm.info.vocab_size, "prompt")
+            encoded.append(EncodedPrompt(each))
         else:
             raise _no_prompt(prompt)
-        _check_ids(with_ids.token_ids, llm.info.vocab_size, "prompt")
-        encoded.append(with_ids)
     return encoded
-
-
-async def _check_length(llm: AsyncLLM, text: str) -> None:
-    """Refuse a text by its bytes that must have more tokens than the context, whatever they are."""
-    max_model_len, tokenizer = llm.info.max_model_len, llm.tokenizer
-    if tokenizer is None or len(text) <= _USUAL_CHARS * max_model_len:
-        return
-    longest = await asyncio.to_thread(_longest_token, tokenizer)
-    num_bytes = len(text.encode(errors="replace"))
-    if longest is not None and num_bytes > longest * max_model_len:
-        raise RequestError(
-            f"the prompt has {num_bytes} bytes; allowed: {longest * max_model_len}, more than which cannot be "
-            f"{max_model_len} tokens",
-            "prompt",
-        )
-
-
-@cache
-def _longest_token(tokenizer: Tokenizer) -> int | None:
-    """Return the bytes of the longest token; None where one token may stand for any number of bytes."""
-    pieces = tokenizer.pieces(False)
-    if not isinstance(pieces, BytePieces):
-        return None
-    return max(len(pieces[token_id]) for token_id in range(tokenizer.vocab_size))
-
-
-async def encode_text(llm: AsyncLLM, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Encode one text.
-
-    Raises:
-        RequestError: it is no valid text, or the model has no tokenizer.
-    """
-    if add_special_tokens or llm.tokenizer is None:
-        return await llm.encode(text)
-    return await asyncio.to_thread(llm.tokenizer.encode, text, add_bos=False)
 
 
 async def encode_messages(llm: AsyncLLM, messages: Any, **options: Any) -> list[int]:
@@ -155,24 +111,6 @@ async def encode_messages(llm: AsyncLLM, messages: Any, **options: Any) -> list[
         return await llm.encode_chat(messages, **options)
     except (ConfigError, CheckpointError) as error:
         raise RequestError(str(error), "messages") from None
-
-
-def check_ids(token_ids: list[Any], vocab_size: int, param: str) -> None:
-    """Check token ids from a request.
-
-    Raises:
-        RequestError: something is no id of this model.
-    """
-    if set(map(type, token_ids)) - {int}:
-        raise RequestError(f"{param} holds something else than integers; allowed: token ids", param)
-    _check_ids(token_ids, vocab_size, param)
-
-
-def _check_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
-    wrong = min(min(token_ids, default=0), vocab_size - 1 - max(token_ids, default=0)) < 0
-    if wrong:
-        first = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise RequestError(f"{param} holds {describe(first)}; allowed: token ids from 0 to {vocab_size - 1}", param)
 
 
 def _no_prompt(prompt: Any) -> RequestError:

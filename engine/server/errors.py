@@ -45,6 +45,10 @@ class HTTPError(OctavoError):
         self.headers = tuple(headers)
         super().__init__(message)
 
+    def again(self) -> HTTPError:
+        """Return the same, not yet raised: one that is raised twice keeps both stacks, and what they hold, alive."""
+        return HTTPError(self.status, str(self), param=self.param, code=self.code, headers=self.headers)
+
     @property
     def type(self) -> str:
         """OpenAI's word for the kind of error."""
@@ -62,7 +66,7 @@ def as_http_error(error: Exception) -> HTTPError | None:
         message = f"there is no such method here; allowed: {allowed}" if allowed else "there is no such path"
         return HTTPError(error.status_code, message, headers=[("allow", allowed)] if allowed else [])
     if isinstance(error, EngineDeadError):
-        return HTTPError(503, f"the engine has died: {error}", code="engine_dead")
+        return HTTPError(503, str(error), code="engine_dead")
     return None
 
 

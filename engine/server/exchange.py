@@ -21,6 +21,8 @@ class Exchange:
     started_s: float = field(default_factory=time.monotonic)
     status: int = 0
     """Of the response; 0: it has not begun."""
+    num_body_bytes: int = 0
+    """Of the request."""
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     ended_by: str = ""

@@ -14,7 +14,22 @@ from typing import Any, Literal, NamedTuple
 from ..errors import RequestError, describe
 from ..sampling_params import RULES
 
-__all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "TOKENIZE", "Field", "Given", "read_fields"]
+__all__ = [
+    "CHAT",
+    "COMPLETIONS",
+    "DETOKENIZE",
+    "MAX_PROMPTS",
+    "MAX_TOKEN_IDS",
+    "TOKENIZE",
+    "Field",
+    "Given",
+    "read_fields",
+]
+
+MAX_PROMPTS = 1024
+"""Of one completion."""
+MAX_TOKEN_IDS = 1 << 20
+"""Of one prompt or text, whatever the model takes."""
 
 Kind = Literal["sampling", "route", "label", "neutral"]
 Schema = Mapping[str, Any]
@@ -104,11 +119,18 @@ def _is_labels(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= 16 and all(map(_is_text, (*value, *value.values())))
 
 
+_STREAM_EXTRAS = ("include_obfuscation", "continuous_usage_stats")
+
+
 def _is_stream_options(value: Any) -> bool:
-    known = ("include_usage", "include_obfuscation", "continuous_usage_stats")
+    known = ("include_usage", *_STREAM_EXTRAS)
     if not isinstance(value, dict) or not all(key in known and _is_flag(flag) for key, flag in value.items()):
         return False
-    return not (value.get("include_obfuscation") or value.get("continuous_usage_stats"))
+    return not any(map(value.get, _STREAM_EXTRAS))
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_TOKEN_IDS
 
 
 def _nullable(schema: Schema) -> Schema:
@@ -203,15 +225,15 @@ _STREAMING = [
     Field(
         "stream_options",
         "route",
-        "`include_usage`: a last chunk with the usage; `include_obfuscation` only false",
+        "`include_usage`: a last chunk with the usage; `include_obfuscation` and `continuous_usage_stats` only false",
         _nullable(
             {
                 "type": "object",
-                "properties": {"include_usage": _FLAG, "include_obfuscation": {"enum": [False]}},
+                "properties": {"include_usage": _FLAG} | {key: {"enum": [False]} for key in _STREAM_EXTRAS},
                 "additionalProperties": False,
             }
         ),
-        "include_usage true or false; include_obfuscation and continuous_usage_stats only false",
+        f"include_usage true or false; {' and '.join(_STREAM_EXTRAS)} only false",
         _is_stream_options,
     ),
     _flag("return_token_ids", "token ids beside the texts"),
@@ -224,9 +246,9 @@ _GENERATION_PROMPT = _flag("add_generation_prompt", "end the prompt with the ope
 _PROMPT_SCHEMA: Schema = {
     "anyOf": [
         {"type": "string", "minLength": 1},
-        _list({"type": "string", "minLength": 1}, 1, 128),
-        _list(_TOKEN_ID, 1, 1 << 20),
-        _list(_list(_TOKEN_ID, 1, 1 << 20), 1, 128),
+        _list({"type": "string", "minLength": 1}, 1, MAX_PROMPTS),
+        _list(_TOKEN_ID, 1, MAX_TOKEN_IDS),
+        _list(_list(_TOKEN_ID, 1, MAX_TOKEN_IDS), 1, MAX_PROMPTS),
     ]
 }
 _MESSAGES_SCHEMA = _list(
@@ -317,7 +339,16 @@ TOKENIZE: dict[str, Field] = _table(
     _TEMPLATE_KWARGS,
 )
 DETOKENIZE: dict[str, Field] = _table(
-    _MODEL, Field("tokens", "route", "token ids", _list(_TOKEN_ID, 0, 1 << 20), required=True)
+    _MODEL,
+    Field(
+        "tokens",
+        "route",
+        "token ids",
+        _list(_TOKEN_ID, 0, MAX_TOKEN_IDS),
+        f"at most {MAX_TOKEN_IDS} token ids",
+        _is_ids,
+        required=True,
+    ),
 )
 
 # What a request may say of sampling without HTTP, it says here by another name, or not at all.

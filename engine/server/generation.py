@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,6 +39,8 @@ class Work:
     default_max_tokens: int | None
     """None: the context left."""
     stream: bool
+    more_stops: Sequence[str] = ()
+    """Strings that end the output besides those of the parameters."""
 
 
 @dataclass(slots=True)
@@ -70,24 +72,31 @@ class Answer(Protocol):
         ...
 
 
-async def answer(context: Context, scope: Scope, receive: Receive, send: Send, work: Work, form: Answer) -> None:
+Prepare = Callable[[], Awaitable[tuple[Work, Answer]]]
+"""Makes tokens of a request's texts, which takes time."""
+
+
+async def answer(context: Context, scope: Scope, receive: Receive, send: Send, prepare: Prepare) -> None:
     """Run a request and send its answer.
 
     Raises:
         HTTPError, RequestError, EngineDeadError, Disconnected: it failed, and no response has begun.
     """
     limits, exchange = context.settings.limits, Exchange.of(scope)
-    _check_budget(context, work)
-    ids = _engine_ids(context, work)
-    for engine_id in ids:
-        # One of this name may have just left, and the engine not know yet.
-        await context.llm.abort(engine_id)
-    lengths = {engine_id: len(prompt.token_ids) for engine_id, prompt in zip(ids, work.prompts, strict=True)}
-    exchange.num_prompt_tokens = sum(lengths.values())
     stream: EventStream | None = None
     try:
         async with Watch(receive, limits.request_s) as watch:
+            with context.admission.encoding(exchange.num_body_bytes):
+                work, form = await prepare()
+            _check_budget(context, work)
+            ids = _engine_ids(work)
+            lengths = {engine_id: len(prompt.token_ids) for engine_id, prompt in zip(ids, work.prompts, strict=True)}
+            exchange.num_prompt_tokens = sum(lengths.values())
             with context.admission.enter(watch, lengths, work.params.n) as ticket:
+                for engine_id in ids:
+                    # One of this name may have just left, and the engine not know yet.
+                    await context.llm.abort(engine_id)
+                ticket.is_sent = True
                 if work.stream:
                     stream = EventStream(scope, send, limits.ping_s, lambda: ticket.admitted)
                 outputs: list[Any] = [None] * len(ids)
@@ -142,12 +151,9 @@ def _check_budget(context: Context, work: Work) -> None:
         )
 
 
-def _engine_ids(context: Context, work: Work) -> list[str]:
+def _engine_ids(work: Work) -> list[str]:
     ids = [f"{work.answer_id}-{index}" for index in range(len(work.prompts))] if len(work.prompts) > 1 else []
-    ids = ids or [work.answer_id]
-    if any(map(context.admission.is_active, ids)):
-        raise HTTPError(409, "a request of this X-Request-Id is being answered already", param="X-Request-Id")
-    return ids
+    return ids or [work.answer_id]
 
 
 def _outputs(context: Context, work: Work, ids: Sequence[str], exchange: Exchange) -> Outputs:
@@ -159,6 +165,7 @@ def _outputs(context: Context, work: Work, ids: Sequence[str], exchange: Exchang
             prompt=prompt.text,
             stream=work.stream,
             default_max_tokens=work.default_max_tokens,
+            more_stops=work.more_stops,
             cache_domain=exchange.cache_domain,
             arrived_s=exchange.started_s,
         )
@@ -208,6 +215,8 @@ async def _merged(generators: Sequence[AsyncGenerator[RequestOutput, None]]) -> 
 def _check_outcome(output: RequestOutput) -> None:
     """Raise where a sequence has failed: its request has, then, whatever its other choices say."""
     for choice in output.outputs:
+        if choice.finish_reason is FinishReason.ERROR and choice.error_param is not None:
+            raise RequestError(f"the request cannot go on: {choice.error}", choice.error_param)
         if choice.finish_reason is FinishReason.ERROR:
             raise HTTPError(500, f"the request has failed: {choice.error}", code="generation_failed")
         if choice.finish_reason is FinishReason.ABORT:

@@ -26,7 +26,7 @@ _ERRORS = {
     408: "The request came too slowly.",
     409: "A request of the same X-Request-Id is being answered.",
     413: "The body is too large.",
-    415: "The body is not declared as JSON.",
+    415: "The body is not declared as JSON, or compressed.",
     429: "The queue is full; `Retry-After` says when to come back.",
     431: "The headers are too large.",
     503: "The server is closing, the engine has died, or the request waited too long.",

@@ -37,7 +37,7 @@ ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/metrics", "Metrics for Prometheus.", produces="text/plain"),
     RouteSpec("GET", "/health", "Whether requests make progress: 200, or 503 with the reason."),
     RouteSpec("GET", "/livez", "Whether the server answers at all.", needs_key=False),
-    RouteSpec("GET", "/openapi.json", "This list for programs."),
-    RouteSpec("GET", "/docs", "This list for people.", produces="text/html"),
+    RouteSpec("GET", "/openapi.json", "This list for programs.", needs_key=False),
+    RouteSpec("GET", "/docs", "This list for people.", produces="text/html", needs_key=False),
 )
 """All but the files of the page, which need no key."""

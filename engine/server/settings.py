@@ -41,6 +41,7 @@ class Limits:
     unread_events: int = _limit(256, "that a client may leave unread before it is cut off")
     queue_requests: int = _limit(1024, "sequences that may wait together (429)")
     queue_tokens: int = _limit(1 << 20, "of prompts that may wait together (429)")
+    queue_text_bytes: int = _limit(8 << 20, "of bodies whose texts may wait together to become tokens (429)")
     output_tokens: int = _limit(1 << 20, "of one request: prompts times `n` times `max_tokens` (400)")
 
     def __post_init__(self) -> None:

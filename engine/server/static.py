@@ -41,19 +41,16 @@ class StaticFiles:
             "/docs": (docs_page().encode(), _TYPES["html"]),
             "/docs.css": (DOCS_CSS.encode(), _TYPES["css"]),
         }
-        self.page_paths: frozenset[str]
-        """Those that need no key: they hold no data."""
         names = (
             [each.name for each in page.iterdir() if each.name.rpartition(".")[2] in _TYPES] if page.is_dir() else []
         )
         for name in names:
             path = "/" if name == "index.html" else f"/{name}"
             self._files[path] = ((page / name).read_bytes(), _TYPES[name.rpartition(".")[2]])
-        self.page_paths = frozenset(self._files.keys() - {"/docs"})
 
     @property
     def paths(self) -> list[str]:
-        """Where the files are."""
+        """Where the files are; none needs a key, as they hold no data."""
         return list(self._files)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -249,8 +249,8 @@ def test_what_can_never_fit(fake: Running) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
             fake.client.completions.create(model="fake", **ask)
         assert refused.value.param == param
-    # This one is refused by its bytes, before it is tokenised.
-    assert "bytes" in str(refused.value)
+    # This one is refused by its length, before it is tokenised.
+    assert "100000 characters" in str(refused.value)
     limited = ServerSettings(port=0, limits=Limits(output_tokens=100))
     with serving(limited) as running, pytest.raises(openai.BadRequestError) as refused:
         running.client.completions.create(model="fake", prompt=["a", "b"], n=3, max_tokens=17)
