@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp
@@ -29,7 +30,13 @@ class Answer(NamedTuple):
 
 
 async def ask(
-    app: ASGIApp, path: str, body: bytes | None = None, *, method: str | None = None, num_parts: int = 1
+    app: ASGIApp,
+    path: str,
+    body: bytes | None = None,
+    *,
+    method: str | None = None,
+    num_parts: int = 1,
+    headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """Send one request and return the whole answer.
 
@@ -39,8 +46,9 @@ async def ask(
         body: None makes it a GET.
         method: instead of GET or POST.
         num_parts: in how many pieces the body comes.
+        headers: besides the host, and that it is JSON.
     """
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    every = {"host": "localhost", "content-type": "application/json"} | dict(headers or {})
     scope = {
         "type": "http",
         "http_version": "1.1",
@@ -49,7 +57,7 @@ async def ask(
         "raw_path": path.encode(errors="surrogatepass"),
         "root_path": "",
         "query_string": b"",
-        "headers": headers,
+        "headers": [(name.encode(), value.encode()) for name, value in every.items()],
     }
     data = body or b""
     size = -(-len(data) // num_parts) or 1
