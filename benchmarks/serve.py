@@ -114,21 +114,25 @@ async def serve_octavo(period_s: float) -> None:
 
 async def serve_bare(form: str, period_s: float) -> None:
     """Serve until killed; print the address."""
-    ticks: list[asyncio.Future[None]] = []
+    waiting: list[asyncio.Future[None]] = []
+    wanted = asyncio.Event()
 
     async def tick() -> None:
-        while True:
+        # Idle while nobody waits: a server that spins would slow down the ones that are measured.
+        while await wanted.wait():
             await asyncio.sleep(period_s)
-            due = ticks.copy()
-            ticks.clear()
+            wanted.clear()
+            due = waiting.copy()
+            waiting.clear()
             for each in due:
                 if not each.done():
                     each.set_result(None)
 
     async def turn() -> None:
         """Wait for the next token, for all streams at the same time, as an engine's step brings them."""
-        ticks.append(asyncio.get_running_loop().create_future())
-        await ticks[-1]
+        waiting.append(asyncio.get_running_loop().create_future())
+        wanted.set()
+        await waiting[-1]
 
     ticking = asyncio.create_task(tick())
     app = FastAPI()
@@ -151,6 +155,8 @@ async def serve_bare(form: str, period_s: float) -> None:
         return StreamingResponse(chunks((await request.json())["max_tokens"]), media_type="text/event-stream")
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    # As octavo's own, so that the two do the same.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     config = uvicorn.Config(app, http="h11", ws="none", loop="asyncio", access_log=False, log_level="warning")
     await uvicorn.Server(config).serve([listener])
@@ -316,7 +322,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What serving over HTTP costs, beside a bare FastAPI endpoint.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help=f"keep the result in {RESULTS.relative_to(Path.cwd())}")
+    parser.add_argument("--json", action="store_true", help=f"keep the result in results/cpu/{RESULTS.name}")
     parser.add_argument("--server", choices=SERVERS, help=argparse.SUPPRESS)
     parser.add_argument("--period-s", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()

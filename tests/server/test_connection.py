@@ -1,12 +1,16 @@
-"""What a connection writes by itself is what h11 would write."""
+"""What a connection writes by itself is what h11 would write, and goes out at once."""
 
 from __future__ import annotations
+
+import socket
 
 import h11
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo.engine.server.connection import _Parser
+from octavo.engine.server.run import bind
+from octavo.engine.server.settings import ServerSettings
 
 HEADERS = {
     "no length": [("content-type", "text/event-stream")],
@@ -42,3 +46,11 @@ def test_chunks_are_framed_as_h11_would(framing: str, method: bytes, version: by
             return
         ours.start_next_cycle()
         theirs.start_next_cycle()
+
+
+def test_what_is_written_goes_out_at_once() -> None:
+    with bind(ServerSettings(port=0)) as listener, socket.create_connection(listener.getsockname()):
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
