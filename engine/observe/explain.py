@@ -20,31 +20,38 @@ __all__ = ["explain", "summaries"]
 Json = dict[str, Any]
 
 
-def explain(ring: EventRing, request_id: str, *, now_s: float | None = None) -> Json | None:
-    """Explain one request.
+def explain(ring: EventRing, *request_ids: str, now_s: float | None = None) -> Json | None:
+    """Explain one request, or one of several prompts, each of which has an id of its own.
 
     Times are in seconds, those named `at_s` since its arrival; `tokens` and `chunks` are columns.
 
     Args:
         ring: what is known.
-        request_id: which.
+        request_ids: which; or those of its prompts, in order.
         now_s: the present, on the clock of the events, for a request that waits or runs; None: the latest event.
 
     Returns:
-        {"request_id", "choices": [...]}, one for each of the n choices, each with its `sentences`; None where nothing
-        is known of it.
+        {"request_id", "choices": [...]}, one for each of the n choices of every prompt, each with its `sentences`; None
+        where nothing is known of it.
     """
-    known = lives(ring.events_of(request_id))
-    latest: dict[int, Life] = {life.choice: life for life in known}
+    latest: dict[tuple[int, int], Life] = {
+        (prompt, life.choice): life
+        for prompt, request_id in enumerate(request_ids)
+        for life in lives(ring.events_of(request_id))
+    }
     if not latest:
         return None
+    num_choices = 1 + max(choice for _, choice in latest)
     if now_s is None:
         now_s = max(ring.events[-1].time_s, ring.steps[-1].end_s if ring.steps else 0.0)
     firsts = [stay.first_step for life in latest.values() for stay in life.stays]
     table = StepTable([event for event in ring.steps if event.step >= min(firsts)] if firsts else [])
     queue = HeadWaits(ring.events)
-    choices = [_choice(ring, table, queue, life, now_s) for _, life in sorted(latest.items())]
-    return {"request_id": request_id, "choices": choices}
+    choices = [
+        _choice(ring, table, queue, life, now_s) | {"choice": prompt * num_choices + choice}
+        for (prompt, choice), life in sorted(latest.items())
+    ]
+    return {"request_id": request_ids[0], "choices": choices}
 
 
 def _choice(ring: EventRing, table: StepTable, queue: HeadWaits, life: Life, now_s: float) -> Json:

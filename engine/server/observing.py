@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -15,11 +16,13 @@ from ..observe.explain import explain, summaries
 from ..observe.live import LiveFeed
 from ..observe.metrics import CONTENT_TYPE_LATEST
 from ..observe.recording import dumps
+from ..observe.ring import EventRing
 from ..observe.trace import chrome_trace
 from .body import Disconnected, send_json, send_response
 from .context import Context
 from .errors import HTTPError, as_http_error
 from .exchange import Receive, Scope, Send
+from .fields import MAX_PROMPTS
 from .sse import EventStream, event
 from .watch import Watch
 
@@ -100,14 +103,24 @@ class Explanation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        given, ring = scope["path_params"]["request_id"], self._context.ring
-        # The id of the answer is that of the engine; X-Request-Id is the same without the route's mark.
-        names = (given, f"chatcmpl-{given}", f"cmpl-{given}")
-        known = next((name for name in names if ring.events_of(name)), None)
-        found = None if known is None else await asyncio.to_thread(explain, ring.copy(), known, now_s=time.monotonic())
+        given = scope["path_params"]["request_id"]
+        found = await asyncio.to_thread(_explained, self._context.ring.copy(), given, time.monotonic())
         if found is None:
             raise HTTPError(404, f"nothing is known of request {describe(given)}, or no longer", param="request_id")
         await send_json(send, found)
+
+
+def _explained(ring: EventRing, given: str, now_s: float) -> dict[str, Any] | None:
+    # The id of the answer is that of the engine; X-Request-Id is the same without the route's mark.
+    for name in (given, f"chatcmpl-{given}", f"cmpl-{given}"):
+        found = explain(ring, name, now_s=now_s)
+        if found is None:
+            # Of several prompts each has its number behind that.
+            prompts = takewhile(ring.events_of, (f"{name}-{index}" for index in range(MAX_PROMPTS)))
+            found = explain(ring, *prompts, now_s=now_s)
+        if found is not None:
+            return found | {"request_id": name}
+    return None
 
 
 class Recording:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import jsonschema_rs
 import pytest
 from octavo.engine.sampling_params import RULES
-from octavo.engine.server.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from octavo.engine.server.fields import CHAT, COMPLETIONS, DETOKENIZE, MAX_PROMPTS, MAX_TOKEN_IDS, TOKENIZE
 from octavo.engine.server.openapi import field_table, limit_table, openapi_document
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -216,6 +217,8 @@ class TestHonoured:
         ids = _ids(_answer(tiny, route, logit_bias={"257": 100}, return_token_ids=True, min_tokens=3))
         assert len(ids) == 4
         assert ids[3] == 257
+        text = _text(_answer(tiny, route))
+        assert _text(_answer(tiny, route, stop=list(text[:8]), min_tokens=12)) == text
 
     def test_skip_special_tokens(self, tiny: Running, route: str) -> None:
         ask: dict[str, Any] = {"logit_bias": {"256": 100}, "max_tokens": 2}
@@ -303,7 +306,8 @@ class TestHonoured:
 
     def test_chat_template_kwargs(self, fake: Running) -> None:
         assert _ask(fake, "chat", chat_template_kwargs={"enable_thinking": False}).status == 200
-        assert _ask(fake, "chat", chat_template_kwargs={"chat_template": "x"}).error["param"] == "chat_template_kwargs"
+        for wrong in ({"chat_template": "x"}, [], "", 0, False):
+            assert _ask(fake, "chat", chat_template_kwargs=wrong).error["param"] == "chat_template_kwargs"
 
 
 @pytest.mark.parametrize("route", PATHS)
@@ -333,6 +337,36 @@ def test_openapi_is_what_is_checked() -> None:
         schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert schema["properties"].keys() == table.keys()
         assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "taken", "refused"),
+    [
+        ("/v1/completions", "prompt", ["a"] * MAX_PROMPTS, ["a"] * (MAX_PROMPTS + 1)),
+        ("/v1/completions", "prompt", [[1]] * MAX_PROMPTS, [[1]] * (MAX_PROMPTS + 1)),
+        ("/v1/completions", "prompt", [[1]], [[1], [1] * (MAX_TOKEN_IDS + 1)]),
+        ("/v1/completions", "prompt", [[1]], [[1], []]),
+        ("/detokenize", "tokens", [1] * MAX_TOKEN_IDS, [1] * (MAX_TOKEN_IDS + 1)),
+        *(
+            (path, "stream_options", {"include_usage": True, name: False}, {name: True})
+            for path in PATHS.values()
+            for name in ("include_obfuscation", "continuous_usage_stats")
+        ),
+    ],
+)
+def test_the_schema_takes_what_is_taken(fake: Running, path: str, field: str, taken: Any, refused: Any) -> None:
+    """No tighter and no wider, where they once differed."""
+    operation = openapi_document()["paths"][path]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    # Neither a token each, nor rows for all of them, is what this is about.
+    body: dict[str, Any] = {} if path == "/detokenize" else {"stream": True, "max_tokens": 1}
+    body |= {"messages": MESSAGES} if "chat" in path else {"prompt": "a"} if body else {}
+    for value, is_taken in ((taken, True), (refused, False)):
+        asked = body | {field: value}
+        response = post(fake, path, asked)
+        assert (response.status == 200) == is_taken, response.body[:500]
+        assert is_taken or response.error["param"] == field
+        assert jsonschema_rs.is_valid(schema, asked) == is_taken
 
 
 @pytest.mark.parametrize(("name", "table"), [("fields", field_table()), ("limits", limit_table())])

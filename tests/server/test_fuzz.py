@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,6 +165,8 @@ def test_deep_nesting(running: Running, body: bytes) -> None:
         (b'"prompt"', "object"),
         (b'{"prompt": "a", "n": 1000000000}', "n is"),
         (b'{"prompt": [' + b"0," * 100_000 + b"0]}", "tokens"),
+        (b'{"prompt": [' + b"[]," * 100_000 + b"[]]}", "opening brackets"),
+        (b'{"prompt": [' + b"{}," * 100_000 + b"{}]}", "opening brackets"),
     ],
 )
 def test_what_is_no_strict_json(running: Running, body: bytes, words: str) -> None:
@@ -171,6 +174,22 @@ def test_what_is_no_strict_json(running: Running, body: bytes, words: str) -> No
     assert answer.status == 400
     assert answer.error is not None
     assert words in answer.error["message"]
+
+
+def test_large_bodies_are_parsed_aside(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other clients do not wait for it."""
+    threads: list[threading.Thread] = []
+
+    def parse(text: str, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return parse_json(text, **options)
+
+    monkeypatch.setattr("octavo.engine.server.body.parse_json", parse)
+    for num_ids in (10, 100_000):
+        body = json.dumps({"tokens": [1] * num_ids}).encode()
+        assert running.run(ask(running.server.app, "/detokenize", body)).status == 200
+    serving_thread = running.call(threading.current_thread)
+    assert [thread is serving_thread for thread in threads] == [True, False]
 
 
 @given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 import time
@@ -96,9 +97,20 @@ def test_large_headers(fake: Running) -> None:
 
 
 def test_what_is_no_http(fake: Running) -> None:
-    response = send(fake, b"\x16\x03\x01 hello\r\n\r\n")
-    assert response.status == 400
-    assert response.error["type"] == "invalid_request_error"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for data in (b"\x16\x03\x01 hello\r\n\r\n", head + b"Transfer-Encoding: gzip\r\n\r\n"):
+        response = send(fake, data)
+        assert response.status == 400
+        assert response.error["type"] == "invalid_request_error"
+
+
+def test_compressed_bodies(fake: Running) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    for coding, status in (("gzip", 415), ("br", 415), ("identity, gzip", 415), ("identity", 200)):
+        response = post(fake, "/v1/completions", body, {"Content-Encoding": coding})
+        assert response.status == status, coding
+    response = post(fake, "/v1/completions", gzip.compress(body), {"Content-Encoding": "gzip"})
+    assert "Content-Encoding" in response.error["message"]
 
 
 def test_slow_headers(impatient: Running) -> None:
@@ -251,6 +263,9 @@ def test_what_can_never_fit(fake: Running) -> None:
         assert refused.value.param == param
     # This one is refused by its length, before it is tokenised.
     assert "100000 characters" in str(refused.value)
+    for options in ({}, {"add_special_tokens": False}):
+        response = post(fake, "/tokenize", {"prompt": "a" * 100_000} | options)
+        assert (response.status, response.error["param"]) == (400, "prompt")
     limited = ServerSettings(port=0, limits=Limits(output_tokens=100))
     with serving(limited) as running, pytest.raises(openai.BadRequestError) as refused:
         running.client.completions.create(model="fake", prompt=["a", "b"], n=3, max_tokens=17)

@@ -35,6 +35,20 @@ def test_explanation(fake: Running) -> None:
     assert _json(fake, "/v1/requests")["requests"][0]["request_id"] == "cmpl-explain-me"
 
 
+def test_explanation_of_several_prompts(fake: Running) -> None:
+    fake.client.completions.create(
+        model="fake", prompt=[[3] * 40, [4] * 50], n=2, max_tokens=7, extra_headers={"X-Request-Id": "of-two"}
+    )
+    for name in ("of-two", "cmpl-of-two"):
+        found = _json(fake, f"/v1/requests/{name}")
+        assert found["request_id"] == "cmpl-of-two"
+        choices = [(each["choice"], each["prompt_tokens"]) for each in found["choices"]]
+        assert choices == [(0, 40), (1, 40), (2, 50), (3, 50)]
+    found = _json(fake, "/v1/requests/of-two-1")
+    assert [(each["choice"], each["prompt_tokens"]) for each in found["choices"]] == [(0, 50), (1, 50)]
+    assert get(fake, "/v1/requests/of").status == 404
+
+
 def test_recording_and_trace(fake: Running) -> None:
     fake.client.completions.create(model="fake", prompt="abc", max_tokens=7)
     response = get(fake, "/recording")
@@ -127,7 +141,10 @@ def test_a_dead_engine_is_said_everywhere() -> None:
                     answer = await ask(other, path, json.dumps(body).encode())
                     assert answer.status == 503
                     assert answer.error is not None
-                    assert answer.error["code"] == "engine_dead"
+                    assert (answer.error["code"], answer.error["message"]) == (
+                        "engine_dead",
+                        "the engine was shut down",
+                    )
                 assert (await ask(other, "/livez")).status == 200
                 assert (await ask(other, "/metrics")).status == 200
 
