@@ -40,8 +40,8 @@ def bind(settings: ServerSettings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. asyncio sets it on sockets that name their protocol, which accepted ones do not; without
-        # it a first token waits 40 ms for the client to acknowledge the headers.
+        # Connections inherit it. asyncio sets it on sockets that name their protocol, which accepted ones do not;
+        # without it a first token waits 40 ms for the client to acknowledge the headers.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Connections inherit it. By itself the kernel keeps megabytes for a client that does not read.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
