@@ -235,7 +235,7 @@ class SamplingParams:
     max_tokens: int | None = None
     """Most tokens to generate; None: the caller's default (16, or the context left in a chat)."""
     min_tokens: int = 0
-    """EOS and stop_token_ids are not sampled before that many tokens."""
+    """EOS and stop_token_ids are not sampled before that many tokens, and no stop string ends with one of them."""
     logprobs: int | None = None
     """Report the sampled token's log-probability and those of that many top tokens; None: neither."""
     prompt_logprobs: int | None = None

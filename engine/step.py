@@ -33,6 +33,7 @@ __all__ = [
     "NewSequence",
     "RequestMetrics",
     "RequestOutput",
+    "RowError",
     "SchedulerOutput",
 ]
 
@@ -156,6 +157,14 @@ class LogprobEntry(NamedTuple):
     top_logprobs: list[float]
 
 
+class RowError(NamedTuple):
+    """What a request has asked for that leaves no token to sample."""
+
+    reason: str
+    param: str
+    """The field of the request that says so."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
     """What one step computed; rows that asked for more than a token have it by their position in `sampled`."""
@@ -166,7 +175,7 @@ class ModelOutput:
     """[num_sampled] rows whose logits were not finite, or for which `errors` has another reason; their token means
     nothing. None: no row failed.
     """
-    errors: Mapping[int, str] = field(default_factory=dict)
+    errors: Mapping[int, RowError] = field(default_factory=dict)
     """By position in `sampled`: why a row failed although its logits were finite."""
     ended: npt.NDArray[np.bool_] | None = None
     """[num_sampled] rows whose grammar lets nothing follow their token. None: no row."""
@@ -214,6 +223,8 @@ class EngineOutput:
     """The stop token that ended it."""
     error: str | None = None
     """Why, where the reason is ERROR."""
+    error_param: str | None = None
+    """The field of the request that it comes from; None: the request is not to blame."""
     new_logprobs: list[LogprobEntry] = field(default_factory=list)
     prompt_logprobs: list[LogprobEntry] | None = None
     """Complete, with the last news."""
@@ -236,6 +247,8 @@ class CompletionOutput:
     logprobs: list[LogprobEntry] | None = None
     hidden_states: npt.NDArray[np.float32] | None = None
     error: str | None = None
+    error_param: str | None = None
+    """See `EngineOutput.error_param`."""
     metrics: RequestMetrics | None = None
 
 

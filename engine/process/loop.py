@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -43,6 +43,8 @@ __all__ = ["EngineLoop", "EventLog", "Inbox", "Outbox"]
 
 HEARTBEAT_S = 0.5
 NUM_COMPILERS = 2
+MAX_COMPILING = 256
+"""Requests whose grammars are compiled or wait for it."""
 MAX_HIDDEN_STATES_BYTES = 256 << 20
 """Of one request: they are kept until it ends, and leave in one message."""
 
@@ -109,7 +111,7 @@ class EngineLoop:
         self._outbox = outbox
         self._serving = True
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, "octavo-grammar")
-        self._compiling: dict[str, AddRequest] = {}
+        self._compiling: dict[str, tuple[AddRequest, Future[None]]] = {}
         self._progress_s: float | None = None
         self._outputs: list[EngineOutput] = []
         self._refusals: list[Refusal] = []
@@ -169,7 +171,8 @@ class EngineLoop:
                 self._add_compiled(message)
             case Abort():
                 for request_id in message.request_ids:
-                    self._compiling.pop(request_id, None)
+                    if request_id in self._compiling:
+                        self._compiling.pop(request_id)[1].cancel()
                     self._outputs += self._core.abort(request_id)
                 self._aborted += message.request_ids
             case Finish():
@@ -188,8 +191,13 @@ class EngineLoop:
         try:
             params = unpacked_params(message.params, message.given)
             if params.structured_outputs is not None and grammar is None:
-                self._compiling[message.request_id] = message
-                self._compilers.submit(self._compile, message, params)
+                if len(self._compiling) >= MAX_COMPILING:
+                    raise RequestError(
+                        f"structured_outputs is given while those of {MAX_COMPILING} other requests wait to be "
+                        "compiled; allowed: later",
+                        "structured_outputs",
+                    )
+                self._compiling[message.request_id] = message, self._compilers.submit(self._compile, message, params)
                 return
             self._check_hidden_states(params)
             self._core.add_request(
@@ -221,7 +229,8 @@ class EngineLoop:
 
     def _add_compiled(self, compiled: _Compiled) -> None:
         message = compiled.message
-        if self._compiling.get(message.request_id) is not message:
+        waiting = self._compiling.get(message.request_id)
+        if waiting is None or waiting[0] is not message:
             return  # aborted meanwhile
         del self._compiling[message.request_id]
         if compiled.error is not None:

@@ -28,7 +28,7 @@ from octavo.kernels.sampling import (
 from torch import Tensor
 
 from ..sampling_params import SamplingParams
-from ..step import Grammar, LogprobEntry
+from ..step import Grammar, LogprobEntry, RowError
 from .row_grammar import MaskWorkers, RowGrammar
 
 __all__ = ["SampledTokens", "Sampler", "logprob_entries"]
@@ -55,7 +55,7 @@ class SampledTokens(NamedTuple):
     """[n]; means nothing where the row failed."""
     failed: npt.NDArray[np.bool_] | None
     """[n] rows without finite logits, or with no token left to sample; None: no row failed."""
-    errors: dict[int, str]
+    errors: dict[int, RowError]
     """By position in the batch, of rows that had no token left to sample."""
     ended: npt.NDArray[np.bool_] | None
     """[n] rows whose grammar lets nothing follow their token; None: no row."""
@@ -373,14 +373,19 @@ class Sampler:
 
     def _errors(
         self, logits: Tensor, rows: IntArray, flags: npt.NDArray[np.uint8], failed: npt.NDArray[np.bool_]
-    ) -> dict[int, str]:
+    ) -> dict[int, RowError]:
         """Return why rows failed whose logits were finite."""
-        errors: dict[int, str] = {}
+        errors: dict[int, RowError] = {}
         for at in ((flags & _EXTRAS != 0) & failed).nonzero()[0].tolist():
             if bool(logits[at, : self._num_valid_ids].amax().isfinite()):
-                grammar = self._extras_of(int(rows[at])).grammar
-                detail = grammar.error if grammar is not None else ""
-                errors[at] = f"structured_outputs cannot go on: {detail}" if detail else NOTHING_LEFT
+                extras = self._extras_of(int(rows[at]))
+                detail = extras.grammar.error if extras.grammar is not None else ""
+                if detail:
+                    errors[at] = RowError(f"structured_outputs cannot go on: {detail}", "structured_outputs")
+                else:
+                    limits = {"allowed_token_ids": extras.bitmask, "structured_outputs": extras.grammar}
+                    given = [name for name, limit in limits.items() if limit is not None]
+                    errors[at] = RowError(NOTHING_LEFT, (*given, "bad_words")[0])
         return errors
 
     def _remember(

@@ -46,13 +46,16 @@ def news(request: Request, table: RowTable) -> EngineOutput:
     return EngineOutput(request.request_id, request.index, token_ids, new_logprobs=logprobs)
 
 
-def last_news(request: Request, token_ids: list[int], error: str | None) -> EngineOutput:
+def last_news(
+    request: Request, token_ids: list[int], error: str | None, error_param: str | None = None
+) -> EngineOutput:
     """Return the end of a sequence that has its final status.
 
     Args:
         request: the sequence.
         token_ids: all of its output that counts, which may be less than was reported.
         error: why it failed, if it did.
+        error_param: the field of the request that it comes from, if it does.
     """
     start = request.num_reported_tokens
     request.num_reported_tokens = len(token_ids)
@@ -64,6 +67,7 @@ def last_news(request: Request, token_ids: list[int], error: str | None) -> Engi
         finish_reason=request.status.finish_reason,
         stop_reason=request.stop_reason,
         error=error,
+        error_param=error_param,
         new_logprobs=request.logprobs[: max(0, len(token_ids) - start)],
         prompt_logprobs=request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
         hidden_states=np.stack(hidden_states) if hidden_states else None,

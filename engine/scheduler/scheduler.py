@@ -462,8 +462,9 @@ class Scheduler:
             for at in np.flatnonzero(output.failed).tolist():
                 row = int(flight.rows[flight.work.sampled[at]])
                 if self._is_running[row]:
-                    request, error = self.rows.request(row), output.errors.get(at, NOT_FINITE)
-                    said.append(self._end(request, RequestStatus.FINISHED_ERROR, error=error, forget=True))
+                    error, param = output.errors.get(at, (NOT_FINITE, None))
+                    request, status = self.rows.request(row), RequestStatus.FINISHED_ERROR
+                    said.append(self._end(request, status, error=error, error_param=param, forget=True))
                     flight.left.append(row)
         return said
 
@@ -511,6 +512,7 @@ class Scheduler:
         num_output_tokens: int | None = None,
         stop_reason: int | None = None,
         error: str | None = None,
+        error_param: str | None = None,
         forget: bool = False,
     ) -> EngineOutput:
         """End a sequence wherever it is, give back what it holds, and return its last news.
@@ -521,6 +523,7 @@ class Scheduler:
             num_output_tokens: output tokens to keep; None: all.
             stop_reason: the stop token that ended it.
             error: why it failed.
+            error_param: the field of the request that it comes from, if it does.
             forget: nothing in its blocks can be trusted.
         """
         token_ids, row = self.rows.output_token_ids(request)[:num_output_tokens], request.row
@@ -538,7 +541,7 @@ class Scheduler:
         request.finish_time_s = self._clock()
         if self._events is not None:
             self._events.finished(request, self._num_steps - 1, row, len(token_ids))
-        return last_news(request, token_ids, error)
+        return last_news(request, token_ids, error, error_param)
 
     def _release(self, row: int, *, forget: bool = False) -> Request:
         """Take row and blocks from a running sequence."""

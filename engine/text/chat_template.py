@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from ..errors import CheckpointError, RequestError
+from ..errors import CheckpointError, RequestError, describe
 from ..strict_json import parse_json
 from .reasoning import thinks
 from .template_sandbox import BoundedEnvironment, TemplateLimits, TemplateRefusalError
@@ -29,6 +29,13 @@ __all__ = ["ChatTemplate", "RenderedPrompt"]
 _MAX_MESSAGES = 1024
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGE_KEYS = frozenset(("role", "content", "name", "reasoning_content", "tool_call_id", "tool_calls"))
+_SAYS_NOTHING: Mapping[str, tuple[Any, ...]] = {
+    "refusal": (None,),
+    "audio": (None,),
+    "function_call": (None,),
+    "annotations": (None, []),
+}
+"""What answers carry besides, as OpenAI's do: clients send it back, and it is let through while it says nothing."""
 _MAX_CALLS = 128
 _TEMPLATE_KWARGS: Mapping[str, type] = {"enable_thinking": bool}
 _TEMPLATE_FAULTS = (
@@ -111,7 +118,7 @@ class ChatTemplate:
             RequestError: the messages are not valid, or the template refuses them or exceeds its limits.
         """
         checked_tools = None if tools is None else check_tools(tools)
-        extra = _check_kwargs(chat_template_kwargs or {})
+        extra = _check_kwargs({} if chat_template_kwargs is None else chat_template_kwargs)
         checked = _check_messages(messages)
         if not self.renders_tools:
             checked = _as_text(checked, checked_tools)
@@ -142,8 +149,14 @@ class ChatTemplate:
         def shown(key: str, value: Any) -> Any:
             if key == "role":
                 return value
+            if isinstance(value, str):
+                return hide(value, hidden)
             # What stands inside of JSON has quotes around it, so nothing beside it can complete a token.
-            return hide(value, hidden) if isinstance(value, str) else _hide_within(value, hidden, self._guard.hide)
+            calls = _hide_within(value, hidden, self._guard.hide)
+            for function in (call["function"] for call in calls):
+                if isinstance(function["arguments"], str):  # these a template may write as they are
+                    function["arguments"] = self._guard.hide_borders(function["arguments"], hidden)
+            return calls
 
         variables = variables | {
             "messages": [{key: shown(key, value) for key, value in message.items()} for message in messages],
@@ -262,7 +275,7 @@ def _restore(text: str, hidden: Sequence[str]) -> RenderedPrompt:
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kwargs, Mapping):
-        raise RequestError("chat_template_kwargs is not an object", "chat_template_kwargs")
+        raise RequestError(f"chat_template_kwargs is {describe(kwargs)}; allowed: an object", "chat_template_kwargs")
     for name, value in kwargs.items():
         if name not in _TEMPLATE_KWARGS:
             allowed = ", ".join(_TEMPLATE_KWARGS)
@@ -308,8 +321,11 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def _check_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} is not an object", where)
-    for key in message:
-        if key not in _MESSAGE_KEYS:
+    for key, value in message.items():
+        if key in _SAYS_NOTHING:
+            if value not in _SAYS_NOTHING[key]:
+                raise RequestError(f"{where}.{key} is {describe(value)}; allowed: null", f"{where}.{key}")
+        elif key not in _MESSAGE_KEYS:
             raise RequestError(f"{where} has {str(key)[:80]!r}; allowed: {', '.join(sorted(_MESSAGE_KEYS))}", where)
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
@@ -319,20 +335,24 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
         raise RequestError(
             f"{where}.tool_calls is given for a {role}; allowed: for an assistant", f"{where}.tool_calls"
         )
+    calls = None if calls == [] else calls
     content = message.get("content")
     checked: dict[str, Any] = {"role": role}
     # An assistant that calls need not say anything.
-    checked["content"] = "" if content is None and calls else _check_content(content, f"{where}.content")
+    checked["content"] = "" if content is None and calls is not None else _check_content(content, f"{where}.content")
     for key in ("name", "reasoning_content", "tool_call_id"):
         if message.get(key) is not None:
             checked[key] = _check_string(message[key], f"{where}.{key}")
-    if calls:
+    if calls is not None:
         checked["tool_calls"] = _check_calls(calls, f"{where}.tool_calls")
     return checked
 
 
 def _check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Return the calls of an assistant with their arguments as objects: templates write them out as JSON."""
+    """Return the calls of an assistant with their arguments as objects: templates write them out as JSON.
+
+    Arguments that are none, such as those of an answer cut short, stay the text that they are.
+    """
     if not isinstance(calls, list | tuple) or len(calls) > _MAX_CALLS:
         raise RequestError(f"{where} is not a list of at most {_MAX_CALLS} calls", where)
     checked: list[dict[str, Any]] = []
@@ -353,7 +373,7 @@ def _check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return checked
 
 
-def _check_arguments(arguments: Any, where: str) -> dict[str, Any]:
+def _check_arguments(arguments: Any, where: str) -> dict[str, Any] | str:
     try:
         value = parse_json(arguments) if isinstance(arguments, str) else arguments
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -361,9 +381,9 @@ def _check_arguments(arguments: Any, where: str) -> dict[str, Any]:
         value = parse_json(text)
     except (ValueError, TypeError, RecursionError):
         value = None
-    if not isinstance(value, dict):
-        raise RequestError(f"{where} is not the text of a JSON object", where)
-    return value
+    if isinstance(value, dict):
+        return value
+    return _check_string(arguments, where)
 
 
 def _check_content(content: Any, where: str) -> str:

@@ -29,9 +29,11 @@ class StopFound:
 class _Sequence:
     """One of the n sequences of a request: its answer so far and what is needed to continue it."""
 
-    __slots__ = ("_detokenizer", "_include_stop", "_matcher", "_stop_token_ids", "answer", "closed")
+    __slots__ = ("_detokenizer", "_include_stop", "_matcher", "_min_tokens", "_stop_token_ids", "answer", "closed")
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, more_stops: Sequence[str]
+    ) -> None:
         self.answer = CompletionOutput(
             index=index, text="", token_ids=[], logprobs=[] if params.logprobs is not None else None
         )
@@ -40,7 +42,9 @@ class _Sequence:
         )
         self._include_stop = params.include_stop_str_in_output
         self._stop_token_ids = frozenset(params.stop_token_ids)
-        self._matcher = StopMatcher(params.stop, self._include_stop) if params.stop else None
+        stops = (*params.stop, *more_stops)
+        self._matcher = StopMatcher(stops, self._include_stop) if stops else None
+        self._min_tokens = params.min_tokens
         self.closed = False
         """A stop string was found: what the engine still sends of this sequence is not wanted."""
 
@@ -90,7 +94,8 @@ class _Sequence:
         if self._matcher is None:
             self.answer.text += text
             return False
-        result = self._matcher.append(text)
+        # As with stop tokens, the first to end the output is the one after min_tokens; the stop may begin before it.
+        result = self._matcher.append(text, may_end=len(self.answer.token_ids) > self._min_tokens)
         self.answer.text += result.text
         if result.hit is None:
             return False
@@ -113,7 +118,7 @@ class _Sequence:
             del answer.logprobs[num_tokens:]
         if news.hidden_states is not None:
             answer.hidden_states = np.ascontiguousarray(news.hidden_states[:num_tokens])
-        answer.error = news.error
+        answer.error, answer.error_param = news.error, news.error_param
         answer.metrics = news.metrics
 
 
@@ -129,8 +134,9 @@ class _Answers:
         prompt_token_ids: list[int],
         params: SamplingParams,
         tokenizer: Tokenizer | None,
+        more_stops: Sequence[str],
     ) -> None:
-        self.sequences = [_Sequence(index, params, tokenizer) for index in range(params.n)]
+        self.sequences = [_Sequence(index, params, tokenizer, more_stops) for index in range(params.n)]
         self.num_open = params.n
         self.wants_prompt_logprobs = params.prompt_logprobs is not None
         self.output = RequestOutput(
@@ -155,10 +161,16 @@ class OutputProcessor:
         return bool(params.stop)
 
     def add(
-        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        more_stops: Sequence[str] = (),
     ) -> RequestOutput:
-        """Expect news of a request; return its answer, which grows with them."""
-        request = _Answers(request_id, prompt, prompt_token_ids, params, self._tokenizer)
+        """Expect news of a request, which `more_stops` end besides its own; return its answer, which grows."""
+        request = _Answers(request_id, prompt, prompt_token_ids, params, self._tokenizer, more_stops)
         self._requests[request_id] = request
         return request.output
 

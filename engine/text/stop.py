@@ -80,8 +80,13 @@ class StopMatcher:
             node = self._fail[node]
         return self._children[node].get(char, 0)
 
-    def append(self, text: str) -> StopResult:
-        """Take the next piece of text; nothing may follow a hit."""
+    def append(self, text: str, *, may_end: bool = True) -> StopResult:
+        """Take the next piece of text; nothing may follow a hit.
+
+        Args:
+            text: the piece.
+            may_end: whether a stop that is complete in this piece ends the text.
+        """
         assert self._hit is None, "text was appended after a stop string was found"
         node = self._node
         if not node and self._first_chars.isdisjoint(text):
@@ -90,7 +95,7 @@ class StopMatcher:
         for end, char in enumerate(text, len(self._held) + 1):
             node = self._step(node, char)
             hit = self._longest[node]
-            if hit is not None:
+            if hit is not None and may_end:
                 self._hit, self._held = hit, ""
                 return StopResult(held[: end if self._include else end - len(hit)], hit)
         self._node = node

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,11 +26,12 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _HEAD = re.compile(
-    r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([\w-]{1,64})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([\w-]{1,64})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 _MAX_XML_HEAD = len(_FUNCTION) + 65
-_XML_HEAD = re.compile(r"\s*<function=([\w-]{1,64})>")
-_XML_PARAMETER = re.compile(r"<parameter=([^>\n]{1,256})>\n?(.*?)\n?</parameter>", re.DOTALL)
+_XML_HEAD = re.compile(r"<function=([\w-]{1,64})>")
+_XML_PARAMETER = re.compile(r"<parameter=([^>\n]{1,256})>\n?")
+_XML_PARAMETER_END = "</parameter>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,10 @@ class ToolStream:
         self._opening = ""
         """What led to the call that is being read, to be given back if it is none."""
         self._end = _ObjectEnd()
+        self._searched = 0
+        """Characters of the buffer in which what ends a call's head, or the call, is not."""
+        self._is_blank = False
+        """The buffer is white space: more of it decides nothing."""
         self._space: str | None = ""
         """White space at the start or after a call, kept until text follows; None: text has followed."""
         self._call_id = ""
@@ -133,8 +139,10 @@ class ToolStream:
     def _run(self, text: str, *, is_last: bool) -> list[TextDelta | CallDelta]:
         self._buffer += text
         self._deltas = []
-        while self._state(is_last):
-            pass
+        if not (self._is_blank and text.isspace()):
+            while self._state(is_last):
+                pass
+            self._is_blank = self._buffer.isspace()
         return self._deltas
 
     def _in_text(self, is_last: bool) -> bool:
@@ -171,31 +179,45 @@ class ToolStream:
 
     def _in_head(self, is_last: bool) -> bool:
         """Wait for the name and the beginning of the arguments."""
-        body = self._buffer
-        start = body.lstrip()
-        if match := _HEAD.match(body):
-            if match[1] not in self._tools:
-                return self._give_back()
-            self._start(match[1])
-            self._buffer, self._end, self._sent = body[match.end() :], _ObjectEnd(), 0
-            self._state = self._in_arguments
-            return True
-        if start.startswith("{"):
-            stop = self._end.find(body)
-            if stop is not None:
-                return self._take_whole(body[:stop], body[stop:])
-        elif self._tagged and _FUNCTION.startswith(start[: len(_FUNCTION)]):
-            match = _XML_HEAD.match(body)
-            if (match is None and len(start) > _MAX_XML_HEAD) or (match and match[1] not in self._tools):
-                return self._give_back()
-            end = body.find(_FUNCTION_END, match.end()) if match else -1
-            if match and end >= 0:
+        body = self._buffer.lstrip()
+        self._opening += self._buffer[: len(self._buffer) - len(body)]
+        self._buffer = body
+        if body.startswith("{"):
+            return self._in_object(body, is_last)
+        if self._tagged and _FUNCTION.startswith(body[: len(_FUNCTION)]):
+            return self._in_function(body, is_last)
+        return self._give_back()
+
+    def _in_object(self, body: str, is_last: bool) -> bool:
+        """Wait for the second brace, which is that of the arguments if it follows their name, or else for the end."""
+        if self._searched < len(body):
+            brace = body.find("{", max(self._searched, 1))
+            self._searched = len(body) if brace < 0 else sys.maxsize
+            if brace > 0 and (match := _HEAD.match(body)):
+                if match[1] not in self._tools:
+                    return self._give_back()
+                self._start(match[1])
+                self._buffer, self._end, self._sent = body[match.end() :], _ObjectEnd(), 0
+                self._state = self._in_arguments
+                return True
+        stop = self._end.find(body)
+        if stop is not None:
+            return self._take_whole(body[:stop], body[stop:])
+        return self._give_back() if is_last else False
+
+    def _in_function(self, body: str, is_last: bool) -> bool:
+        """Wait for the end of a call in tags."""
+        match = _XML_HEAD.match(body)
+        if (match is None and len(body) > _MAX_XML_HEAD) or (match and match[1] not in self._tools):
+            return self._give_back()
+        if match:
+            end = body.find(_FUNCTION_END, max(match.end(), self._searched))
+            if end >= 0:
                 self._start(match[1])
                 self._pass_on(_xml_arguments(body[match.end() : end], self._tools[match[1]]))
                 self._leave(body[end + len(_FUNCTION_END) :])
                 return True
-        else:
-            return self._give_back()
+            self._searched = len(body) - len(_FUNCTION_END)
         return self._give_back() if is_last else False
 
     def _in_arguments(self, is_last: bool) -> bool:
@@ -231,7 +253,7 @@ class ToolStream:
         return self._parallel or self.num_calls == 0
 
     def _begin_call(self, opening: str, body: str) -> None:
-        self._opening, self._buffer, self._end = opening, body, _ObjectEnd()
+        self._opening, self._buffer, self._end, self._searched = opening, body, _ObjectEnd(), 0
         self._state = self._in_head
 
     def _leave(self, rest: str) -> None:
@@ -271,11 +293,10 @@ class ToolStream:
 
     def _show(self, text: str) -> None:
         if self._space is not None:
-            text = self._space + text
             if not text.strip():
-                self._space = text
+                self._space += text
                 return
-            self._space = None
+            text, self._space = self._space + text, None
         if text:
             self._deltas.append(TextDelta(text))
 
@@ -295,12 +316,23 @@ def _parsed(text: str) -> Any:
         return None
 
 
+def _xml_parameters(body: str) -> Iterator[tuple[str, str]]:
+    """Yield names and texts up to the first that does not end."""
+    position = 0
+    while match := _XML_PARAMETER.search(body, position):
+        end = body.find(_XML_PARAMETER_END, match.end())
+        if end < 0:
+            return
+        yield match[1], body[match.end() : end].removesuffix("\n")
+        position = end + len(_XML_PARAMETER_END)
+
+
 def _xml_arguments(body: str, schema: Mapping[str, Any]) -> str:
     """Return arguments as JSON: what the schema calls a string is taken as it is, anything else is read as JSON."""
-    properties = schema.get("properties", {})
+    properties = schema.get("properties")
     arguments: dict[str, Any] = {}
-    for name, text in _XML_PARAMETER.findall(body):
-        wanted = properties.get(name, {})
+    for name, text in _xml_parameters(body):
+        wanted = properties.get(name) if isinstance(properties, Mapping) else None
         is_text = isinstance(wanted, Mapping) and wanted.get("type") == "string"
         value = None if is_text else _parsed(text)
         arguments[name] = text if value is None and text.strip() != "null" else value

@@ -196,6 +196,9 @@ def _check_tool(tool: Any, where: str) -> dict[str, Any]:
         if isinstance(parameters, str) or schema.get("type") != "object":
             allowed = 'a JSON schema of "type": "object", of at most 64 KB, 32 deep'
             _refuse(f"{where}.parameters", parameters, allowed)
+        properties = schema.get("properties", {})
+        if not isinstance(properties, dict) or not all(isinstance(each, (dict, bool)) for each in properties.values()):
+            _refuse(f"{where}.parameters.properties", properties, "an object of JSON schemas")
     if (strict := function.get("strict")) is not None:
         if not isinstance(strict, bool):
             _refuse(f"{where}.strict", strict, "true or false")
