@@ -237,7 +237,8 @@ class AsyncLLM:
         token_ids = self._intake.checked_ids(prompt_token_ids)
         params = self._intake.resolved(params, len(token_ids), default_max_tokens)
         request_id = await self._new_id(request_id)
-        reader = self._readers.add(self._texts.add(request_id, prompt, token_ids, params, more_stops=more_stops), stream)
+        answer = self._texts.add(request_id, prompt, token_ids, params, more_stops=more_stops)
+        reader = self._readers.add(answer, stream)
         try:
             engine_streams = stream or bool(more_stops) or self._texts.needs_every_token(params)
             arrived_s = time.monotonic() if arrived_s is None else arrived_s

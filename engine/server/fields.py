@@ -173,7 +173,7 @@ _SAMPLING: dict[str, tuple[str, Schema]] = {
     "stop_token_ids": ("token ids that end it", _list(_TOKEN_ID, 0, 256)),
     "include_stop_str_in_output": ("keep what ended the output in the text", _FLAG),
     "ignore_eos": ("go on after the end-of-sequence token", _FLAG),
-    "min_tokens": ("no end before so many tokens", _integer(0, 2**31 - 1)),
+    "min_tokens": ("no end before so many tokens, but where a format lets nothing follow", _integer(0, 2**31 - 1)),
     "prompt_logprobs": ("log-probabilities of the prompt, and of so many top tokens", _integer(0, 20)),
     "logit_bias": (
         "added to the logits of tokens",

@@ -57,7 +57,7 @@ ENTRY = LogprobEntry(-math.inf, 1, [5, 7], [-0.25, -1.5])
 METRICS = RequestMetrics(1.0, 2.0, None, 4.0, 5, 6)
 OUTPUTS = [
     EngineOutput("a", 0, [1]),
-    EngineOutput("b", 1, [], FinishReason.ERROR, 7, "why", [ENTRY], [ENTRY, ENTRY], None, METRICS),
+    EngineOutput("b", 1, [], FinishReason.ERROR, 7, "why", "stop", [ENTRY], [ENTRY, ENTRY], None, METRICS),
 ]
 EVENT = RequestEvent(EventKind.FINISHED, 1.5, 3, "a", 0, 4, 5, 6, 7, "stop")
 ARRAY = np.array([3, 1, 2], dtype=np.int32)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
 
 import pytest
+from octavo.engine.core import EngineCore
 from octavo.engine.errors import RequestError
 from octavo.engine.events import EventKind
+from octavo.engine.process.loop import MAX_COMPILING, NUM_COMPILERS
 from octavo.engine.process.thread import MAX_UNREAD, ThreadLink
+from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import FinishReason
 
 from .conftest import BOTH, LONG, check_canary, collect, expected, run, start
@@ -195,6 +199,79 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(in_process: bool) -> None
             last = llm.ring.events[-1]
             assert (last.kind, last.detail, last.num_tokens) == (EventKind.FINISHED, "stop", 24)
         assert llm.ring.num_steps < 1000
+        await llm.shutdown()
+
+    run(main())
+
+
+@pytest.mark.parametrize("min_tokens", [23, 24, 300])
+def test_no_stop_string_ends_before_min_tokens(min_tokens: int) -> None:
+    """As with stop tokens, the first to end the output is the one after min_tokens."""
+
+    async def main() -> None:
+        llm = await start(settings={"max_model_len": 400})
+        tokens = expected([1, 2], 300, 1)
+        stop = "".join(chr(33 + token) for token in tokens[20:24])
+        ends = 24 if min_tokens == 23 else 300
+        for more in ((), ("never",)):
+            params = {"seed": 1, "max_tokens": 300, "stop": stop, "min_tokens": min_tokens}
+            choice = (await collect(llm, [1, 2], params=params, more_stops=more)).outputs[0]
+            assert choice.token_ids == tokens[:ends]
+            assert choice.text == "".join(chr(33 + token) for token in tokens[: 20 if ends == 24 else 300])
+        await llm.shutdown()
+
+    run(main())
+
+
+def test_stop_strings_of_the_caller_come_on_top() -> None:
+    async def main() -> None:
+        llm = await start()
+        text = "".join(chr(33 + token) for token in expected([1, 2], 60, 1))
+        params = {"seed": 1, "max_tokens": 60, "stop": ["é"] * 16}
+        for stream in (True, False):
+            choice = (await collect(llm, [1, 2], params=params, more_stops=(text[9:12],), stream=stream)).outputs[0]
+            assert (choice.text, choice.stop_reason) == (text[:9], text[9:12])
+        await llm.shutdown()
+
+    run(main())
+
+
+def test_grammars_of_those_who_left_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    begun, may_end = threading.Semaphore(0), threading.Event()
+
+    def compile_grammar(core: EngineCore, params: SamplingParams) -> None:
+        if params.structured_outputs is None:
+            return
+        compiled.append(params.structured_outputs["regex"])
+        begun.release()
+        may_end.wait()
+        raise RequestError("not in this test", "structured_outputs")
+
+    monkeypatch.setattr(EngineCore, "compile_grammar", compile_grammar)
+
+    async def main() -> None:
+        llm = await start()
+
+        def ask(regex: str) -> asyncio.Task[object]:
+            return asyncio.create_task(collect(llm, [1], params={"structured_outputs": {"regex": regex}}))
+
+        asked = [ask(f"leaves{index}") for index in range(MAX_COMPILING)]
+        for _ in range(NUM_COMPILERS):
+            await asyncio.to_thread(begun.acquire)
+        with pytest.raises(RequestError, match="allowed: later") as refused:
+            await ask("one too many")
+        assert refused.value.param == "structured_outputs"
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        stays = ask("stays")
+        await llm.snapshot()  # what was sent before it has been read
+        may_end.set()
+        with pytest.raises(RequestError, match="not in this test"):
+            await stays
+        assert sorted(compiled) == ["leaves0", "leaves1", "stays"]
+        await check_canary(llm)
         await llm.shutdown()
 
     run(main())

@@ -152,6 +152,64 @@ def test_refusals_name_the_field(tiny: Running, fields: dict[str, Any], param: s
         assert param.partition(".")[0].partition("[")[0] in str(refused.value)
 
 
+@pytest.mark.parametrize("wrong", [5, True, {"a": 1}, "", [""], [5], ["x"] * 17])
+def test_stop_beside_calls_is_checked_as_ever(tiny: Running, wrong: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as plain:
+        _ask(tiny, stop=wrong)
+    with pytest.raises(openai.BadRequestError) as refused:
+        _ask(tiny, tools=TOOLS, parallel_tool_calls=False, stop=wrong)
+    assert (refused.value.param, str(refused.value)) == ("stop", str(plain.value))
+
+
+def test_the_end_of_the_only_call_needs_no_place_among_the_stops(tiny: Running) -> None:
+    regex = 'a<tool_call>\\{"name": "no_arguments", "arguments": \\{\\}\\}</tool_call>b{20}'
+    ask = {"tools": TOOLS, "max_tokens": 200, "extra_body": {"structured_outputs": {"regex": regex}}}
+    choice = _ask(tiny, **ask, parallel_tool_calls=False, stop=["x"] * 16).choices[0]
+    assert (choice.message.content, len(choice.message.tool_calls)) == ("a", 1)
+    assert _ask(tiny, **ask, stop=["x"] * 16).choices[0].message.content == "a" + "b" * 20
+
+
+@pytest.mark.parametrize("wrong", ["", 0, False, {}])
+def test_tools_that_are_no_list_are_refused(tiny: Running, wrong: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        _ask(tiny, extra_body={"tools": wrong})
+    assert refused.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": {"choice": ["abc"]}, "allowed_token_ids": [5]}, "allowed_token_ids"),
+        ({"structured_outputs": {"choice": ["abc"]}, "bad_words": ["abc", "ab", "a"]}, "structured_outputs"),
+        ({"allowed_token_ids": [5], "logit_bias": {"5": 3}, "bad_words": ["&"]}, "allowed_token_ids"),
+    ],
+)
+def test_fields_that_leave_nothing_are_the_users_mistake(tiny: Running, fields: dict[str, Any], param: str) -> None:
+    for n in (1, 2):
+        with pytest.raises(openai.BadRequestError) as refused:
+            _ask(tiny, extra_body=fields, n=n)
+        assert refused.value.param == param
+        assert "no token is left to sample" in str(refused.value)
+
+
+@pytest.mark.parametrize("max_tokens", [120, 45])
+def test_the_clients_own_messages_go_back(tiny: Running, max_tokens: int) -> None:
+    """The usual loop around tools: whatever the answer was, cut short or not, it is appended as it came."""
+    messages, ask = list(MESSAGES), {"tools": TOOLS, "parallel_tool_calls": False}
+    for _ in range(2):
+        message = _ask(tiny, messages=messages, max_tokens=max_tokens, tool_choice=NAMED, **ask).choices[0].message
+        (call,) = message.tool_calls
+        messages += [message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+    message = _ask(tiny, messages=messages, max_tokens=3).choices[0].message
+    strict: Any = {"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}
+    parsed = tiny.client.chat.completions.parse(
+        model="tiny", messages=[*messages, message], max_tokens=120, tools=[strict], tool_choice=NAMED
+    )
+    called: Any = parsed.choices[0].message
+    assert called.tool_calls[0].function.parsed_arguments
+    assert _ask(tiny, messages=[*messages, message, called, *MESSAGES], max_tokens=3).usage.completion_tokens == 3
+
+
 def test_thoughts_are_told_apart() -> None:
     """A model whose template has opened its thoughts: they end where it says, and the answer follows."""
     template = "{% for message in messages %}{{ message.content }}{% endfor %}<think>\n{# </think> #}"

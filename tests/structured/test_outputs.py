@@ -140,6 +140,8 @@ def test_a_dead_end_fails_alone(params: dict[str, Any], llm: LLM) -> None:
     (failed,), alone = run(llm, [dead]), run(llm, [neighbour])
     assert failed.outputs[0].finish_reason is FinishReason.ERROR
     assert "no token is left" in (failed.outputs[0].error or "")
+    param = "allowed_token_ids" if "allowed_token_ids" in params else "structured_outputs"
+    assert failed.outputs[0].error_param == param
     assert_same(run(llm, [neighbour, dead])[:1], alone, bitwise=True)
 
 

@@ -198,6 +198,12 @@ def test_the_date_is_injected(smollm: Tokenizer) -> None:
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0].tool_calls"),
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name"),
+        ([{"role": "assistant", "content": "x", "refusal": "no"}], "messages[0].refusal"),
+        ([{"role": "assistant", "content": "x", "refusal": ""}], "messages[0].refusal"),
+        ([{"role": "assistant", "content": "x", "audio": {"id": "a"}}], "messages[0].audio"),
+        ([{"role": "assistant", "content": "x", "function_call": {}}], "messages[0].function_call"),
+        ([{"role": "assistant", "content": "x", "annotations": [{}]}], "messages[0].annotations"),
+        ([{"role": "assistant", "content": "x", "annotations": 0}], "messages[0].annotations"),
     ],
 )
 def test_bad_messages_are_refused(messages: Any, param: str, smollm: Tokenizer) -> None:
@@ -206,13 +212,23 @@ def test_bad_messages_are_refused(messages: Any, param: str, smollm: Tokenizer) 
     assert caught.value.param == param
 
 
+def test_what_answers_carry_besides_says_nothing(smollm: Tokenizer) -> None:
+    template = ChatTemplate(smollm, "{{ messages }}")
+    bare = {"role": "assistant", "content": "x"}
+    for none in (None, []):
+        given = bare | {"refusal": None, "audio": None, "function_call": None, "annotations": none}
+        assert template.render([given]) == template.render([bare])
+
+
 def test_content_may_be_a_list_of_texts(smollm: Tokenizer) -> None:
     parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
     template = ChatTemplate(smollm, "{{ messages[0].content }}")
     assert template.render([{"role": "user", "content": parts}]).text == "<|im_\nend|>"
 
 
-@pytest.mark.parametrize("kwargs", [{"chat_template": "x"}, {"enable_thinking": "yes"}, {"messages": True}, "x"])
+@pytest.mark.parametrize(
+    "kwargs", [{"chat_template": "x"}, {"enable_thinking": "yes"}, {"messages": True}, "x", "", [], 0, False]
+)
 def test_other_template_arguments_are_refused(kwargs: Any, smollm: Tokenizer) -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate(smollm).render(CHATS[0], chat_template_kwargs=kwargs)

@@ -106,3 +106,13 @@ def test_cost_is_linear_in_hostile_text(count: Callable[[int, int], int]) -> Non
     for _ in range(length):
         matcher.append("a")
     assert length <= steps <= 2 * length + 2
+
+
+def test_a_stop_that_may_not_end_the_text_is_text() -> None:
+    matcher = StopMatcher(["ab", "abc"])
+    assert matcher.append("xab", may_end=False) == ("x", None)
+    assert matcher.append("ab", may_end=False) == ("ab", None)
+    assert matcher.append("c") == ("", "abc")
+    matcher = StopMatcher(["ab"])
+    assert matcher.append("a", may_end=False) == ("", None)
+    assert matcher.append("b") == ("", "ab")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -164,3 +165,38 @@ def test_a_long_answer_takes_time_that_grows_with_it() -> None:
     body = json.dumps({"arguments": {"text": "x{" * 100_000}, "name": "noop"})
     found = read(list(f"<tool_call>{body}</tool_call>"))
     assert [name for name, _ in found.calls] == ["noop"]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["<tool_call><function=noop>" + "<parameter=a>" * 50_000 + "</function></tool_call>"],
+        ["<tool_call>", *[" " * 4] * 50_000, "{"],
+        ["<tool_call>{", *[" " * 4] * 50_000, "}"],
+        ["<tool_call><function=noop>", *["abc "] * 50_000],
+        [f"{NOOP}x", NOOP[:-12], *[" " * 4] * 50_000, "y"],
+        [*[" " * 4] * 50_000, "y"],
+    ],
+    ids=["parameters", "before the head", "in the head", "in tags", "after a call", "alone"],
+)
+def test_hostile_answers_take_time_that_grows_with_them(pieces: list[str]) -> None:
+    """Looking at each character again with each piece would take from tens of seconds to hours."""
+    start = time.process_time()
+    read(pieces)
+    assert time.process_time() - start < 30
+
+
+def test_tags_hold_what_they_did() -> None:
+    """A parameter ends at the first end after it, loses one line break on each side, and the last may lack its end."""
+    body = "<parameter=a>\n\nx\n\n</parameter><parameter=b>\n</parameter><parameter=c>{</parameter><parameter=d>1"
+    found = read([f"<tool_call><function=noop>{body}</function></tool_call>"])
+    assert [(name, json.loads(arguments)) for name, arguments in found.calls] == [
+        ("noop", {"a": "\nx\n", "b": "", "c": "{"})
+    ]
+
+
+@pytest.mark.parametrize("properties", [5, None, [1], {"a": 5}, {"a": {"type": ["string"]}}])
+def test_schemas_of_any_kind_leave_arguments_readable(properties: Any) -> None:
+    stream = ToolStream({"f": {"type": "object", "properties": properties}}, "qwen")
+    deltas = stream.feed("<tool_call><function=f><parameter=a>1</parameter></function></tool_call>")
+    assert [delta.arguments for delta in deltas if isinstance(delta, CallDelta)] == ["", '{"a": 1}']

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -53,6 +54,10 @@ NATIVE = (
         ([tool(parameters={"type": "array"})], "tools[0].function.parameters"),
         ([tool(parameters={})], "tools[0].function.parameters"),
         ([tool(parameters="{}")], "tools[0].function.parameters"),
+        *(
+            ([tool(parameters={"type": "object", "properties": wrong})], "tools[0].function.parameters.properties")
+            for wrong in (5, None, [{}], {"a": 5}, {"a": None})
+        ),
         ([tool(parameters=PARAMETERS | {"title": "x" * 70_000})], "tools[0].function.parameters"),
         ([tool(strict="yes")], "tools[0].function.strict"),
         ([tool(stict=True)], "tools[0].function.stict"),
@@ -141,6 +146,16 @@ def test_a_template_without_tools_is_told_in_words(smollm: Tokenizer) -> None:
     assert own.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
 
 
+@pytest.mark.parametrize("arguments", ["", "{", '{"city": "Par', "[]", '{"a": NaN}', "[" * 100_000])
+def test_arguments_that_are_no_object_stay_text(arguments: str, smollm: Tokenizer) -> None:
+    """An answer cut short goes back with every later turn."""
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    told = json.dumps(arguments)
+    assert f"f {told}<|im_end|>" in ChatTemplate(smollm, NATIVE).render([CALLED | {"tool_calls": [call]}]).text
+    in_words = ChatTemplate(smollm).render([CALLED | {"tool_calls": [call]}]).text
+    assert f'{{"name": "f", "arguments": {told}}}' in in_words
+
+
 @pytest.mark.parametrize("source", [None, NATIVE])
 def test_no_tool_call_or_result_holds_a_special_token(source: str | None, smollm: Tokenizer) -> None:
     bad = "<|im_end|>\n<|im_start|>"
@@ -158,7 +173,7 @@ def test_no_tool_call_or_result_holds_a_special_token(source: str | None, smollm
     ("message", "param"),
     [
         (USER | {"tool_calls": []}, "messages[0].tool_calls"),
-        (CALLED | {"tool_calls": "x"}, "messages[0].tool_calls"),
+        *((CALLED | {"tool_calls": wrong}, "messages[0].tool_calls") for wrong in ("x", "", 0, False, {})),
         (CALLED | {"tool_calls": [{}] * 129}, "messages[0].tool_calls"),
         (CALLED | {"tool_calls": [5]}, "messages[0].tool_calls[0]"),
         (CALLED | {"tool_calls": [{"function": {"name": "f"}, "extra": 1}]}, "messages[0].tool_calls[0]"),
@@ -170,7 +185,7 @@ def test_no_tool_call_or_result_holds_a_special_token(source: str | None, smollm
                 CALLED | {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
                 "messages[0].tool_calls[0].function.arguments",
             )
-            for arguments in (None, 5, "", "{", "[]", '{"a": NaN}', "\ud800", '"' * 10, "[" * 100_000)
+            for arguments in (None, 5, [], "\ud800", {"a": math.nan}, {"a": "\ud800"})
         ),
         ({"role": "assistant", "content": None}, "messages[0].content"),
         (RESULT | {"content": None}, "messages[0].content"),
@@ -181,3 +196,14 @@ def test_bad_calls_in_messages_are_refused_by_place(message: dict[str, Any], par
     with pytest.raises(RequestError) as caught:
         ChatTemplate(smollm).render([message])
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("arguments", ["<|im_end", "<|im_end|>", "|im_end|>", "<"])
+def test_no_arguments_complete_a_special_token(arguments: str, smollm: Tokenizer) -> None:
+    """Those that are no JSON object a template may write as they are, beside anything."""
+    source = "{% for call in messages[0].tool_calls %}<{{ call.function.arguments }}|>{% endfor %}{# tools #}"
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    rendered = ChatTemplate(smollm, source).render([CALLED | {"tool_calls": [call]}])
+    assert rendered.text == f"<{arguments}|>"
+    ids = ChatTemplate(smollm, source).encode([CALLED | {"tool_calls": [call]}])
+    assert not set(ids) & set(smollm.special_token_ids)
