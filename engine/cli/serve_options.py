@@ -125,7 +125,7 @@ def limit_lines() -> list[str]:
     """Return a line about each limit: name, default, meaning."""
     from ..server.settings import Limits
 
-    return [f"{each.name:<16}{each.default!s:<10}{each.metadata['words']}" for each in fields(Limits)]
+    return [f"{each.name:<18}{each.default!s:<10}{each.metadata['words']}" for each in fields(Limits)]
 
 
 def _limits(table: Mapping[str, Any], words: Sequence[str]) -> Limits:
