@@ -39,6 +39,7 @@ MIN_USAGE = 0.95
 MAX_MB_PER_MIN = 1.0
 MIN_WINDOW_S = 60.0
 """In less, slopes of memory are noise."""
+NUM_WINDOWS = 12
 MAX_NEW_OBJECTS = 8000
 """What a run may leave behind: events that fill the ring, caches; a thing per request would be more in a long one."""
 MAX_NEW_THREADS = 8
@@ -125,8 +126,11 @@ def test_soak(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The fake model's requests are all different; the real one's are a few, which follow grammars, too."""
-    duration_s = {"test": 5.0, "all": 150.0, "soak": 1500.0}[tier]
+    """The fake model's requests are all different; the real one's are a few, which follow grammars, too.
+
+    Two minutes to warm up, and two that count: the processes find their size within the first of them.
+    """
+    duration_s = {"test": 5.0, "all": 240.0, "soak": 1200.0}[tier]
     if kind == "fake":
         load = Load(SMALL, PACED_ENGINE, draw_fake, long_case(150, seed=1, n=4), 200, duration_s)
     else:
@@ -241,14 +245,19 @@ class Watch:
             writer.transport.abort()
 
     def slopes(self) -> dict[str, float] | None:
-        """Return the growth of each process, MB per minute, by least squares after the first half."""
-        half = len(self._times_s) // 2
-        if self._times_s[-1] - self._times_s[half] < MIN_WINDOW_S:
+        """Return the growth of each process, MB per minute, by least squares after the first half, which warms up.
+
+        What a step takes for a moment is not kept: the least of each of some windows counts.
+        """
+        times_s = self._times_s[len(self._times_s) // 2 :]
+        if times_s[-1] - times_s[0] < MIN_WINDOW_S:
             return None
-        return {
-            name: 60 * float(np.polyfit(self._times_s[half:], values[half:], 1)[0])
-            for name, values in self.megabytes.items()
-        }
+        middles_s = [float(np.mean(part)) for part in np.array_split(times_s, NUM_WINDOWS)]
+        slopes = {}
+        for name, values in self.megabytes.items():
+            least = [float(np.min(part)) for part in np.array_split(values[-len(times_s) :], NUM_WINDOWS)]
+            slopes[name] = 60 * float(np.polyfit(middles_s, least, 1)[0])
+        return slopes
 
 
 async def check_counts(server: Served, client: Client) -> None:
