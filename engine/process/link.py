@@ -55,6 +55,9 @@ class EngineLink(ABC):
         self._on_weights = on_weights
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._closed = False
+        self._is_started = False
+        self._early_loss: str | None = None
+        """Why the engine was lost after it was ready and before `start` returned."""
 
     async def start(self, config: EngineConfig, factory: str) -> tuple[EngineInfo, Tokenizer | None]:
         """Start the engine and wait until it takes requests; leaves nothing behind where that fails.
@@ -66,7 +69,11 @@ class EngineLink(ABC):
         try:
             await self._launch(config, factory)
             ready = await self._ready
-            return ready.info, await self._tokenizer(ready)
+            tokenizer = await self._tokenizer(ready)
+            if self._early_loss is not None:
+                raise _died_early(self._early_loss)
+            self._is_started = True
+            return ready.info, tokenizer
         except BaseException:
             await self.close(0.0)
             raise
@@ -126,7 +133,13 @@ class EngineLink(ABC):
         if self._closed:
             return
         self._closed = True
-        if self._ready.done():
+        if self._is_started:
             self._on_lost(reason)
+        elif self._ready.done():
+            self._early_loss = reason
         else:
-            self._ready.set_exception(EngineDeadError(f"the engine died while it started: {reason}"))
+            self._ready.set_exception(_died_early(reason))
+
+
+def _died_early(reason: str) -> EngineDeadError:
+    return EngineDeadError(f"the engine died while it started: {reason}")

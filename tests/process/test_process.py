@@ -252,6 +252,22 @@ def test_death_at_the_start() -> None:
     run(main())
 
 
+def test_death_while_the_front_gets_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def outlive(link: ProcessLink, _: Any) -> None:
+        assert link._process is not None
+        link._process.kill()
+        while not link._closed:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(ProcessLink, "_tokenizer", outlive)
+
+    async def main() -> None:
+        with pytest.raises(EngineDeadError, match=r"died while it started: its process was killed by SIGKILL"):
+            await start(in_process=False)
+
+    run(main())
+
+
 def test_start_that_is_cancelled_leaves_nothing() -> None:
     async def main() -> None:
         hangs = asyncio.Event()
