@@ -40,7 +40,7 @@ class _Parser(h11.Connection):
 
     def send(self, event: Any) -> Any:
         # Nearly all that a server of streams sends are chunks, which change nothing of h11's state: framed here they
-        # cost a sixth less CPU in all. An empty one would end the body, and is h11's to leave out.
+        # cost less CPU. An empty one would end the body, and is h11's to leave out.
         if self._sends_chunks and type(event) is h11.Data and event.data:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)
         output = super().send(event)
