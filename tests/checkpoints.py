@@ -71,8 +71,8 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_tiny_llama(folder: Path) -> Path:
-    """Write a llama of two layers and 256 positions, with a tokenizer and two end-of-sequence ids."""
+def make_tiny_llama(folder: Path, max_position: int = 256) -> Path:
+    """Write a llama of two layers and so many positions, with a tokenizer and two end-of-sequence ids."""
     model = make_model(
         "Llama",
         seed=5,
@@ -83,7 +83,7 @@ def make_tiny_llama(folder: Path) -> Path:
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=256,
+        max_position_embeddings=max_position,
         tie_word_embeddings=False,
     )
     return write_tokenizer(save_model(folder, model, eos=[EOS, SECOND_EOS]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from octavo.engine.llm import LLM
 
-from ..checkpoints import EOS, SECOND_EOS, VOCAB_SIZE, make_model, save_model, write_tokenizer
+from ..checkpoints import make_tiny_llama
 from .serving import Running, serving
 
 TEMPLATE = (
@@ -21,20 +21,7 @@ TINY_SETTINGS = {"invariant": True, "device": "cpu", "block_size": 16, "kv_cache
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = make_model(
-        "Llama",
-        seed=5,
-        vocab_size=VOCAB_SIZE,
-        hidden_size=60,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    folder = write_tokenizer(save_model(tmp_path_factory.mktemp("server") / "tiny", model, eos=[EOS, SECOND_EOS]))
+    folder = make_tiny_llama(tmp_path_factory.mktemp("server") / "tiny", max_position=4096)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return folder
 
