@@ -1,6 +1,6 @@
 """This script reports how large the tree is and what wants a second look. It does not know what the code does.
 
-The exit status is 1 only where the engine with its kernels, or its faces, exceed their line budget.
+The exit status is 1 only where the engine with its kernels, its faces, or its tools exceed their line budget.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("engine", "kernels", "tests", "benchmarks", "scripts")
-FACES = ("async_llm.py", "cli", "observe", "process", "server", "structured", "tools")
-"""In engine/: what surrounds the engine. Its core and the kernels can be read, and run, without them."""
-BUDGETS = {"engine and kernels": 15_000, "faces": 9_000}
+FACES = ("async_llm.py", "cli", "observe", "process", "server", "structured")
+"""In engine/: what surrounds the engine. Its core and the kernels can be read, and run, without them, or the tools."""
+BUDGETS = {"engine and kernels": 15_000, "faces": 8_500, "tools": 5_500}
 """Lines of code: octavo is meant to be read in full."""
 MAX_FILE_LINES = 400
 MAX_KERNEL_FILE_LINES = 450
@@ -97,6 +97,14 @@ def second_looks(files: list[Source]) -> Iterator[str]:
         yield from long_functions(source)
 
 
+def part_of(path: Path) -> str:
+    """Return which budget a file of the product counts for."""
+    folder, inside = path.parts[:2]
+    if folder == "engine" and inside in FACES:
+        return "faces"
+    return "tools" if (folder, inside) == ("engine", "tools") else "engine and kernels"
+
+
 def main() -> int:
     """Print the report."""
     by_folder = {folder: sources(folder) for folder in FOLDERS}
@@ -107,8 +115,7 @@ def main() -> int:
     product = [source for source in files if source.path.parts[0] in ("engine", "kernels")]
     totals = dict.fromkeys(BUDGETS, 0)
     for source in product:
-        is_face = source.path.parts[0] == "engine" and source.path.parts[1] in FACES
-        totals["faces" if is_face else "engine and kernels"] += source.num_code_lines
+        totals[part_of(source.path)] += source.num_code_lines
     for part, budget in BUDGETS.items():
         print(f"  {part}: {totals[part]:,} lines of code, of {budget:,}")
     largest = sorted(product, key=lambda source: -source.num_lines)[:NUM_LARGEST]
