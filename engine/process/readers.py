@@ -9,7 +9,8 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ..errors import EngineDeadError, RequestError
-from ..step import RequestOutput
+from ..events import EventKind, RequestEvent
+from ..step import FinishReason, RequestOutput
 from ..text.output_processor import OutputProcessor
 from .messages import Abort, Finish, News, ToEngine
 
@@ -145,6 +146,7 @@ class Readers:
         changed, stops = self._texts.process(news.outputs)
         for stop in stops:
             self._send(Finish(stop.request_id, stop.index, stop.num_output_tokens))
+        self._correct_ends(news.events)
         for output in changed:
             reader = self._readers[output.request_id]
             if reader.is_told_all or output.finished:
@@ -171,6 +173,17 @@ class Readers:
         for future in waiting:
             if not future.done():
                 future.set_exception(EngineDeadError(reason))
+
+    def _correct_ends(self, events: list[RequestEvent]) -> None:
+        """Let a sequence that a stop string has ended have ended so for everybody who is told.
+
+        The engine may have met another end by then: in the same step, or before it heard of this one.
+        """
+        for place, event in enumerate(events):
+            if event.kind == EventKind.FINISHED and (reader := self._readers.get(event.request_id)) is not None:
+                answer = reader.output.outputs[event.choice]
+                if isinstance(answer.stop_reason, str):
+                    events[place] = event._replace(detail=FinishReason.STOP.value, num_tokens=len(answer.token_ids))
 
     def _close_batch(self) -> None:
         self._batch += 1

@@ -13,6 +13,7 @@ import pytest
 from octavo.engine.core import EngineCore
 from octavo.engine.errors import RequestError
 from octavo.engine.events import EventKind
+from octavo.engine.observe.metrics import Metrics
 from octavo.engine.process.loop import MAX_COMPILING, NUM_COMPILERS
 from octavo.engine.process.thread import MAX_UNREAD, ThreadLink
 from octavo.engine.sampling_params import SamplingParams
@@ -199,6 +200,38 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(in_process: bool) -> None
             last = llm.ring.events[-1]
             assert (last.kind, last.detail, last.num_tokens) == (EventKind.FINISHED, "stop", 24)
         assert llm.ring.num_steps < 1000
+        await llm.shutdown()
+
+    run(main())
+
+
+@BOTH
+def test_events_tell_the_end_that_the_reader_got(in_process: bool) -> None:
+    """The engine may be at another end when the front finds a stop string: in the last token, or long before it."""
+    whole = expected([7], 30, 5)
+    stops = {place: chr(33 + token) for place, token in enumerate(whole) if token not in whole[:place]}
+
+    async def main() -> None:
+        llm = await start(in_process)
+        metrics = Metrics(model_name="fake", num_blocks=llm.info.num_blocks, max_model_len=llm.info.max_model_len)
+        llm.subscribe(metrics)
+        for place, stop in stops.items():
+            for max_tokens in (place + 1, 30):
+                params = {"seed": 5, "max_tokens": max_tokens, "stop": [stop]}
+                answer = await collect(llm, [7], params=params, request_id=f"{place} of {max_tokens}")
+                assert answer.outputs[0].token_ids == whole[: place + 1]
+                end = llm.ring.events_of(answer.request_id)[-1]
+                assert (end.kind, end.detail, end.num_tokens) == (EventKind.FINISHED, "stop", place + 1)
+        ends, num_tokens = (
+            metrics.registry.get_sample_value(f"octavo:{name}", {"model_name": "fake"} | labels)
+            for name, labels in (
+                ("request_success_total", {"finished_reason": "stop"}),
+                ("request_generation_tokens_sum", {}),
+            )
+        )
+        assert ends == 2 * len(stops)
+        assert num_tokens == 2 * sum(place + 1 for place in stops)
+        await check_canary(llm)
         await llm.shutdown()
 
     run(main())
