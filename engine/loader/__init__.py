@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from .checkpoint import Checkpoint, resolve_model
-from .mapping import target_shapes
 
-__all__ = ["Checkpoint", "resolve_model", "target_shapes"]
+__all__ = ["Checkpoint", "resolve_model"]

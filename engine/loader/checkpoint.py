@@ -15,11 +15,12 @@ import torch
 
 from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError, ConfigError
+from ..footprint import weight_shapes
 from .bundled import BUNDLED, BUNDLED_SAMPLING, bundled_path
 from .dummy import fill_dummy
 from .gguf_config import ROPE_FACTORS, parse_gguf_configs, tokenizer_metadata
 from .hf_config import read_configs
-from .mapping import Source, gguf_sources, hf_sources, match, target_shapes
+from .mapping import Source, gguf_sources, hf_sources, match
 from .safetensors import open_safetensors
 from .store import Entry, TensorStore
 
@@ -61,7 +62,7 @@ class Checkpoint:
         self.model_config, self.generation_config = configs
         self.tokenizer_folder = tokenizer if isinstance(tokenizer, Path) else None
         self.tokenizer_metadata = None if isinstance(tokenizer, Path) else tokenizer
-        self.shapes: Mapping[str, tuple[int, ...]] = target_shapes(self.model_config)
+        self.shapes: Mapping[str, tuple[int, ...]] = weight_shapes(self.model_config)
         self._store = store
         self._seed = seed
         self._parts: dict[str, list[tuple[Source, Entry]]] = {name: [] for name in self.shapes}

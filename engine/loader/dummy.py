@@ -20,7 +20,7 @@ def fill_dummy(config: ModelConfig, name: str, tensor: torch.Tensor, seed: int) 
 
     Args:
         config: the decoder's shape.
-        name: the parameter's name in `target_shapes`.
+        name: the parameter's name in `weight_shapes`.
         tensor: any shape, floating point; overwritten.
         seed: any integer.
     """

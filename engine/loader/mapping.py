@@ -13,8 +13,9 @@ from typing import Literal
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
+from ..footprint import weight_shapes
 
-__all__ = ["Source", "gguf_sources", "hf_sources", "match", "target_shapes"]
+__all__ = ["Source", "gguf_sources", "hf_sources", "match"]
 
 Shape = tuple[int, ...]
 
@@ -39,42 +40,6 @@ class Source:
     target: str
     row: int = 0
     layout: Literal["plain", "transposed", "paired"] = "plain"
-
-
-def target_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Return the name and shape of every parameter of the decoder, in the order of the forward pass."""
-    hidden, inner, heads_size = config.hidden_size, config.intermediate_size, config.num_q_heads * config.head_dim
-    shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, hidden)}
-    if config.rope is None:
-        shapes["position_embedding.weight"] = (config.max_position, hidden)
-
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (hidden,)
-        if config.norm == "layer":
-            shapes[f"{name}.bias"] = (hidden,)
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
-
-    for layer in range(config.num_layers):
-        at = f"layers.{layer}."
-        norm(at + "attention_norm")
-        linear(at + "qkv", config.qkv_size, hidden, config.qkv_bias)
-        if config.qk_norm:
-            shapes[at + "q_norm.weight"] = shapes[at + "k_norm.weight"] = (config.head_dim,)
-        linear(at + "o", hidden, heads_size, config.o_bias)
-        norm(at + "mlp_norm")
-        if config.gated_mlp:
-            linear(at + "gate_up", 2 * inner, hidden, config.mlp_bias)
-        else:
-            linear(at + "up", inner, hidden, config.mlp_bias)
-        linear(at + "down", hidden, inner, config.mlp_bias)
-    norm("final_norm")
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
 
 
 # What the formats call the parts of a layer; a parameter made of several lists them from its first row on.
@@ -140,7 +105,7 @@ def _sources(config: ModelConfig, names: Mapping[str, tuple[str, ...]], layers: 
     q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = {"qkv": (q_rows, kv_rows, kv_rows), "gate_up": (config.intermediate_size,) * 2}
     found: list[Source] = []
-    for target, shape in target_shapes(config).items():
+    for target, shape in weight_shapes(config).items():
         module, _, kind = target.rpartition(".")
         place, _, part = module.rpartition(".")
         prefix = f"{layers}.{place.removeprefix('layers.')}." if place else ""

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from octavo.engine.errors import CheckpointError
-from octavo.engine.loader import resolve_model, target_shapes
+from octavo.engine.footprint import weight_shapes
+from octavo.engine.loader import resolve_model
 from octavo.engine.loader.mapping import gguf_sources, hf_sources, match
 
 # The fields of published config.json files that matter here, and the models' parameter counts.
@@ -65,12 +66,12 @@ def test_published_models_have_their_published_size(name: str, tmp_path: Path) -
     for sources in formats:
         assert sum(math.prod(source.shape) for source in sources) == num_parameters
         assert len({source.name for source in sources}) == len(sources)
-        filled = dict.fromkeys(target_shapes(config), 0)
+        filled = dict.fromkeys(weight_shapes(config), 0)
         for source in sources:
             rows = source.shape[1] if source.layout == "transposed" else source.shape[0]
             assert source.row == filled[source.target], source
             filled[source.target] += rows
-        assert filled == {target: shape[0] for target, shape in target_shapes(config).items()}
+        assert filled == {target: shape[0] for target, shape in weight_shapes(config).items()}
 
 
 def test_match_names_what_is_wrong(tmp_path: Path) -> None:

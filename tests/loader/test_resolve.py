@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from octavo.engine.errors import CheckpointError, ConfigError
-from octavo.engine.loader import bundled, resolve_model, target_shapes
+from octavo.engine.footprint import weight_shapes
+from octavo.engine.loader import bundled, resolve_model
 
 Load = Callable[..., dict[str, torch.Tensor]]
 
@@ -86,7 +87,7 @@ def test_dummy_weights(architecture: str, tmp_path: Path, llama_config: dict[str
         resolve_model(str(tmp_path))
     one, again, other = make(1), make(1), make(2)
     config = resolve_model(str(tmp_path), load_format="dummy").model_config
-    assert {name: tuple(tensor.shape) for name, tensor in one.items()} == target_shapes(config)
+    assert {name: tuple(tensor.shape) for name, tensor in one.items()} == weight_shapes(config)
     for name, tensor in one.items():
         assert torch.equal(tensor, again[name])
         assert not torch.equal(tensor, other[name])
