@@ -142,7 +142,7 @@ class CacheConfig:
     prefix_caching: bool = True
     """Share the blocks of equal beginnings between requests, also of finished ones."""
     gpu_memory_utilization: float = 0.9
-    """Part of the GPU memory left beside the weights that the pool may take."""
+    """Part of the GPU memory left beside the weights and the tensors of a step that the pool may take."""
 
     def __post_init__(self) -> None:
         _check_flag("prefix_caching", self.prefix_caching)

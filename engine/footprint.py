@@ -25,6 +25,7 @@ __all__ = [
     "kv_bytes_per_token",
     "kv_pool_bytes",
     "num_weights",
+    "split_bytes",
     "step_memory",
     "table_bytes",
     "weight_groups",
@@ -44,6 +45,10 @@ DTYPE_BYTES: Mapping[CacheDTypeName, int] = {
     "int8": 1,
     "float8_e4m3": 1,
 }
+LOGITS_CHUNK_TOKENS = 256
+"""Prompt positions whose logits are held at once, for prompt logprobs."""
+SPLIT_TOKENS, MAX_DECODE_QUERY_LEN = 512, 16
+"""As decode attention has them, which cannot be imported without torch; a test compares."""
 MAX_HEAD_COPY = 0.22
 """A tied head is copied for speed only while it is at most this part of the weights."""
 
@@ -106,7 +111,7 @@ def weight_groups(config: ModelConfig) -> dict[WeightGroup, int]:
 
 def num_weights(config: ModelConfig) -> int:
     """Return the elements of all weights."""
-    return sum(weight_groups(config).values())
+    return sum(map(math.prod, weight_shapes(config).values()))
 
 
 def copies_tied_head(config: ModelConfig) -> bool:
@@ -138,10 +143,7 @@ def table_bytes(config: ModelConfig, max_model_len: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """The most bytes that the tensors of one step hold at once, at each of the three places where that is most.
-
-    Beside them a step has its plan and the splits of decode attention, which are small.
-    """
+    """The most bytes that the tensors of one step hold at once, at each of the three places where that is most."""
 
     attention: int
     mlp: int
@@ -153,23 +155,36 @@ class StepMemory:
         return max(self.attention, self.mlp, self.head)
 
 
-def step_memory(config: ModelConfig, dtype: DTypeName, *, num_tokens: int, num_sampled: int) -> StepMemory:
-    """Return what a step of so many tokens holds, of which so many are sampled.
+def step_memory(config: ModelConfig, dtype: DTypeName, *, num_tokens: int, num_seqs: int) -> StepMemory:
+    """Return what a step of at most so many tokens and sequences holds, as the Triton kernels run it.
 
     Through all layers go the residual and what is added to it, [T, H] each, and per token an id, a position and a slot
     (int64). Attention adds q, k, v, its output and the projection of that; the MLP its up projection, the activation
-    and what becomes of it; the head the rows to sample, their logits and a float32 copy where sampling edits them.
+    and what becomes of it; the head the rows to sample, their logits and a float32 copy where sampling edits them, or
+    the logits of a slice of a prompt.
     """
-    element, hidden = DTYPE_BYTES[dtype], config.hidden_size
+    element, hidden, inner = DTYPE_BYTES[dtype], config.hidden_size, config.intermediate_size
     heads = config.num_q_heads * config.head_dim
-    always = num_tokens * 3 * 8
-    states = 2 * hidden * element
-    up = config.intermediate_size * (2 if config.gated_mlp else 1)
+    up = inner * (2 if config.gated_mlp else 1)
+    state = hidden * element
+    logits = config.vocab_size * element
+    sampled = num_seqs * (state + logits + 4 * config.vocab_size)
     return StepMemory(
-        attention=always + num_tokens * (states + (config.qkv_size + heads + hidden) * element),
-        mlp=always
-        + num_tokens * (states + max(up + config.intermediate_size, config.intermediate_size + hidden) * element),
-        head=always
-        + num_tokens * hidden * element
-        + num_sampled * (hidden * element + config.vocab_size * (element + 4)),
+        attention=num_tokens * (3 * 8 + 3 * state + (config.qkv_size + heads) * element),
+        mlp=num_tokens * (3 * 8 + 2 * state + (inner + max(up, hidden)) * element),
+        head=num_tokens * (3 * 8 + state) + max(sampled, min(num_tokens, LOGITS_CHUNK_TOKENS) * (state + logits)),
     )
+
+
+def split_bytes(config: ModelConfig, *, num_seqs: int, kv_tokens: int) -> int:
+    """Return the most bytes of the partial results of decode attention in one step.
+
+    A sequence's keys are split every `SPLIT_TOKENS`; each split keeps, for as many query tokens as decode takes, an
+    unfinished row of every head in float32, its greatest score and its sum. Sequences that share blocks may have more.
+
+    Args:
+        num_seqs: sequences of a step.
+        kv_tokens: tokens of all of them, at most the pool's.
+    """
+    num_splits = 2 * num_seqs + -(-kv_tokens // SPLIT_TOKENS)
+    return num_splits * MAX_DECODE_QUERY_LEN * config.num_q_heads * (config.head_dim + 2) * 4

@@ -1,22 +1,31 @@
 """This module holds how every "auto" becomes a value. It does not know torch, files or requests.
 
 It is a pure function of the settings, the model and the machine; each decision it makes is listed with its reason, for
-the start-up lines and for `octavo plan`.
+the start-up lines and for `octavo plan`. The bytes it reckons with are those of `footprint.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from octavo.kernels.dispatch import TRITON_BLOCK_SIZES
 
 from .config import BackendName, DTypeName, EngineConfig, ModelConfig
 from .errors import CapacityError, ConfigError
+from .footprint import (
+    DTYPE_BYTES,
+    copies_tied_head,
+    kv_bytes_per_token,
+    num_weights,
+    split_bytes,
+    step_memory,
+    table_bytes,
+)
 
-__all__ = ["DTYPE_BYTES", "Choice", "Hardware", "ResolvedConfig", "resolve"]
+__all__ = ["Choice", "Hardware", "ResolvedConfig", "flags", "resolve", "ways_to_fit"]
 
-DTYPE_BYTES: dict[DTypeName, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 CPU_CACHE_FRACTION = 0.25
 """Part of the memory left on a CPU that the KV pool may take: the machine has other work."""
 CPU_BATCHED_TOKENS = 512
@@ -58,36 +67,92 @@ class ResolvedConfig:
     weight_layout: Literal["transposed", "packed"]
     """How projections are stored; see `layers/linear.py`."""
     weight_bytes: int
+    """Of all weights, and of a tied head's copy where there is one."""
     kv_bytes_per_token: int
+    activation_bytes: int
+    """Most that one step's tensors and the table of rotations take; see `footprint.py`."""
     choices: tuple[Choice, ...]
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes of the whole KV pool, without the null block."""
-        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+        """Bytes of the whole KV pool, the null block included."""
+        return (self.num_blocks + 1) * self.block_size * self.kv_bytes_per_token
 
 
-def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num_parameters: int) -> ResolvedConfig:
+def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> ResolvedConfig:
     """Turn every "auto" into a value.
 
     Args:
         config: the user's settings.
         model: the model's shape.
         hardware: the machine.
-        num_parameters: elements of all weights.
 
     Raises:
         ConfigError: settings contradict each other or the model.
-        CapacityError: weights or the smallest KV pool do not fit.
+        CapacityError: weights, a step's tensors or the smallest KV pool do not fit; says what would.
     """
+    try:
+        return _resolve(config, model, hardware)
+    except CapacityError as error:
+        ways = [flags(way) for way in ways_to_fit(config, model, hardware)]
+        more = " or ".join(ways) or "a smaller model, or a machine with more memory"
+        raise CapacityError(f"{error}; try {more}") from None
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Return settings as they are written on a command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+def ways_to_fit(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> list[dict[str, Any]]:
+    """Return at most three changes of settings, each of which makes what does not fit fit, the mildest first."""
+    ways: list[dict[str, Any]] = []
+    for way in _changes(config, model):
+        try:
+            resolved = _resolve(_changed(config, way), model, hardware)
+        except (CapacityError, ConfigError):
+            continue
+        found = {name: getattr(resolved, name, value) if value is None else value for name, value in way.items()}
+        if "kv_cache_tokens" in found:
+            found["kv_cache_tokens"] = resolved.num_blocks * resolved.block_size
+        if not any(set(found) >= set(one) for one in ways):  # nothing beyond what is enough
+            ways.append(found)
+    return ways[:3]
+
+
+def _changes(config: EngineConfig, model: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Yield what may help; a None becomes what the engine would choose."""
+    smaller: list[dict[str, Any]] = []
+    for part, name in ((config.cache, "kv_cache_tokens"), (config.scheduler, "max_model_len")):
+        if getattr(part, name) is not None:
+            smaller.append({name: None})
+    if len(smaller) == 2:
+        smaller.append(smaller[0] | smaller[1])
+    smaller.append({"max_num_batched_tokens": CPU_BATCHED_TOKENS})
+    smaller.append({"max_num_batched_tokens": CPU_BATCHED_TOKENS, "max_num_seqs": 16})
+    smaller.append({"block_size": 16})
+    yield from smaller
+    half = "float16" if model.dtype == "float16" else "bfloat16"
+    if not config.invariant and config.dtype not in ("float16", "bfloat16"):
+        yield {"dtype": half}
+        yield from ({"dtype": half} | way for way in smaller)
+
+
+def _changed(config: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
+    cache = {name: value for name, value in settings.items() if hasattr(config.cache, name)}
+    scheduler = {name: value for name, value in settings.items() if hasattr(config.scheduler, name)}
+    own = {name: value for name, value in settings.items() if name not in cache and name not in scheduler}
+    return replace(
+        config, cache=replace(config.cache, **cache), scheduler=replace(config.scheduler, **scheduler), **own
+    )
+
+
+def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> ResolvedConfig:
     choices: list[Choice] = []
     dtype = _dtype(config, model, hardware, choices)
     if config.invariant and dtype != "float32":
         raise ConfigError(f"invariant is set and dtype is {dtype}; allowed: float32, the only one it is proved for")
     backend = _backend(config, hardware, choices)
-    weight_bytes = num_parameters * DTYPE_BYTES[dtype]
-    bytes_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * DTYPE_BYTES[dtype]
-
     max_num_batched_tokens = config.scheduler.max_num_batched_tokens
     if max_num_batched_tokens is None:
         max_num_batched_tokens = CPU_BATCHED_TOKENS if hardware.device == "cpu" else GPU_BATCHED_TOKENS
@@ -101,6 +166,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
             Choice("max_num_seqs", f"{max_num_seqs:,}", "lowered to the budget: a token for each in every step")
         )
 
+    layout: Literal["packed", "transposed"] = "packed" if max_num_seqs > 1 else "transposed"
     if hardware.device == "cpu" and max_num_seqs == 1:
         choices.append(Choice("weight layout", "transposed", "the fastest for one sequence at a time"))
 
@@ -108,9 +174,17 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
     if max_model_len > model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; allowed: at most the model's {model.max_position}")
     block_size = config.cache.block_size
-    num_blocks = _num_blocks(config, hardware, weight_bytes, bytes_per_token, max_num_seqs, max_model_len, choices)
+    needs = _needs(model, dtype, backend, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
+    if (hardware.device, dtype, layout) == ("cpu", "float32", "packed") and copies_tied_head(model):
+        needs = replace(needs, weights=needs.weights + model.vocab_size * model.hidden_size * DTYPE_BYTES[dtype])
+    num_blocks = _num_blocks(config, hardware, needs, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
         if config.scheduler.max_model_len is not None:
+            if config.cache.kv_cache_tokens is None:
+                raise CapacityError(
+                    f"a sequence of {max_model_len:,} tokens takes {_gib(max_model_len * needs.kv_token)} of keys and "
+                    f"values and {hardware.name} has room for {num_blocks * block_size:,} tokens"
+                )
             raise ConfigError(
                 f"max_model_len is {max_model_len}; allowed: at most the KV pool's {num_blocks * block_size}"
             )
@@ -130,9 +204,10 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, *, num
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        weight_layout="packed" if max_num_seqs > 1 else "transposed",
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=bytes_per_token,
+        weight_layout=layout,
+        weight_bytes=needs.weights,
+        kv_bytes_per_token=needs.kv_token,
+        activation_bytes=needs.step + table_bytes(model, max_model_len) + num_blocks * needs.split_block,
         choices=tuple(choices),
     )
 
@@ -160,43 +235,87 @@ def _dtype(config: EngineConfig, model: ModelConfig, hardware: Hardware, choices
     return model.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """Bytes."""
+
+    weights: int
+    step: int
+    """Of a step's tensors, but for what grows with the pool, and the table of rotations."""
+    table: int
+    kv_token: int
+    split_block: int
+    """What decode attention may hold for each block; see `split_bytes`."""
+    block_size: int
+
+    @property
+    def block(self) -> int:
+        """Of one block's keys and values."""
+        return self.block_size * self.kv_token
+
+    def pool(self, num_blocks: int) -> int:
+        """Return the bytes of so many blocks and the null block."""
+        return (num_blocks + 1) * self.block + num_blocks * self.split_block
+
+
+def _needs(
+    model: ModelConfig,
+    dtype: DTypeName,
+    backend: BackendName,
+    block_size: int,
+    num_tokens: int,
+    num_seqs: int,
+    max_model_len: int,
+) -> _Needs:
+    splits = backend == "triton"
+    step = step_memory(model, dtype, num_tokens=num_tokens, num_seqs=num_seqs).peak
+    return _Needs(
+        weights=num_weights(model) * DTYPE_BYTES[dtype],
+        step=step + (split_bytes(model, num_seqs=num_seqs, kv_tokens=0) if splits else 0),
+        table=table_bytes(model, max_model_len),
+        kv_token=kv_bytes_per_token(model, dtype),
+        split_block=split_bytes(model, num_seqs=0, kv_tokens=block_size) if splits else 0,
+        block_size=block_size,
+    )
+
+
 def _num_blocks(
     config: EngineConfig,
     hardware: Hardware,
-    weight_bytes: int,
-    bytes_per_token: int,
+    needs: _Needs,
     max_num_seqs: int,
     max_model_len: int,
     choices: list[Choice],
 ) -> int:
-    cache = config.cache
-    left = hardware.available_bytes - weight_bytes
+    cache, has = config.cache, f"{hardware.name} has {_gib(hardware.available_bytes)}"
+    left = hardware.available_bytes - needs.weights
+    if left <= 0:
+        raise CapacityError(f"the weights take {_gib(needs.weights)} and {has} left")
+    left -= needs.step + needs.table
     if left <= 0:
         raise CapacityError(
-            f"the weights take {_gib(weight_bytes)} and {hardware.name} has {_gib(hardware.available_bytes)} left; "
-            "try --dtype bfloat16, or a smaller model"
+            f"the weights take {_gib(needs.weights)}, the tensors of a step {_gib(needs.step + needs.table)}, and {has}"
         )
     if cache.kv_cache_tokens is not None:
         num_blocks = cache.kv_cache_tokens // cache.block_size
-        wanted = num_blocks * cache.block_size * bytes_per_token
+        wanted = needs.pool(num_blocks)
         if wanted > left:
             raise CapacityError(
                 f"a KV pool of {cache.kv_cache_tokens:,} tokens takes {_gib(wanted)} and {hardware.name} has "
-                f"{_gib(left)} left beside the weights; try --kv-cache-tokens {left // bytes_per_token // 2}"
+                f"{_gib(left)} left beside the weights and a step's tensors"
             )
         return num_blocks
     share = CPU_CACHE_FRACTION if hardware.device == "cpu" else cache.gpu_memory_utilization
-    blocks_per_seq = -(-max_model_len // cache.block_size)
-    affordable = int(left * share) // (bytes_per_token * cache.block_size)
+    affordable = (int(left * share) - needs.block) // (needs.block + needs.split_block)
     if affordable < 1:
         raise CapacityError(
-            f"one block of {cache.block_size} tokens takes {_gib(bytes_per_token * cache.block_size)} and "
-            f"{hardware.name} has {_gib(int(left * share))} for the KV pool; try --block-size 16, or a smaller model"
+            f"two blocks of {cache.block_size} tokens, the least there can be, take {_gib(needs.pool(1))} and "
+            f"{hardware.name} has {_gib(int(left * share))} for the KV pool"
         )
-    num_blocks = min(affordable, max_num_seqs * blocks_per_seq)
+    num_blocks = min(affordable, max_num_seqs * -(-max_model_len // cache.block_size))
     tokens = num_blocks * cache.block_size
     why = "room for every sequence at full length" if num_blocks < affordable else f"{share:.0%} of the memory left"
-    choices.append(Choice("kv_cache_tokens", f"{tokens:,}", f"{_gib(tokens * bytes_per_token)}, {why}"))
+    choices.append(Choice("kv_cache_tokens", f"{tokens:,}", f"{_gib((num_blocks + 1) * needs.block)}, {why}"))
     return num_blocks
 
 

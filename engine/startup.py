@@ -120,7 +120,7 @@ def start_engine(
         checkpoint = resolve_model(config.model, load_format=config.load_format, seed=config.seed)
         model_config = checkpoint.model_config
         hardware = detect(config.device, config.backend)
-        resolved = resolve(config, model_config, hardware, num_parameters=checkpoint.num_bytes(torch.int8))
+        resolved = resolve(config, model_config, hardware)
         dtype, device = getattr(torch, resolved.dtype), torch.device(resolved.device)
         try:
             kernels.use_backend(resolved.backend)

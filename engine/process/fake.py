@@ -101,6 +101,7 @@ def _resolved(limits: SchedulerLimits) -> ResolvedConfig:
         weight_layout="packed",
         weight_bytes=0,
         kv_bytes_per_token=8,
+        activation_bytes=0,
         choices=(),
     )
 

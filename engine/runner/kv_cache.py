@@ -10,12 +10,7 @@ import torch
 from ..config import ModelConfig
 from ..models.decoder import LayerCache
 
-__all__ = ["allocate_kv_cache", "kv_bytes_per_token"]
-
-
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of keys and values that one token takes over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+__all__ = ["allocate_kv_cache"]
 
 
 def allocate_kv_cache(

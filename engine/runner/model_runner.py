@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from octavo.kernels import log_softmax_top
 
+from ..footprint import LOGITS_CHUNK_TOKENS
 from ..models.decoder import Decoder, LayerCache
 from ..step import LogprobEntry, ModelOutput, SchedulerOutput
 from .attention_metadata import build_attention_metadata
@@ -20,9 +21,6 @@ from .input_batch import InputBatch, StepInputs
 from .sampler import Sampler, logprob_entries
 
 __all__ = ["ModelRunner"]
-
-LOGITS_CHUNK_TOKENS = 256
-"""Prompt positions whose logits are held at once, for prompt logprobs."""
 
 
 class ModelRunner:

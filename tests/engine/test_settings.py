@@ -31,7 +31,7 @@ GPU = Hardware("cuda", "a GPU", GIB)
 
 
 def settle(hardware: Hardware = CPU, **settings: Any) -> ResolvedConfig:
-    return resolve(EngineConfig.from_settings(settings), MODEL, hardware, num_parameters=10**6)
+    return resolve(EngineConfig.from_settings(settings), MODEL, hardware)
 
 
 def test_a_context_nobody_asked_for_is_lowered_to_the_pool_and_says_so() -> None:

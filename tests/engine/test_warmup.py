@@ -93,7 +93,7 @@ def test_where_no_kernel_is_compiled_there_is_no_such_phase(make_llm: Callable[.
 def resolved(**settings: Any) -> Any:
     hardware = Hardware("cuda", "a GPU", 2**30)
     config = EngineConfig.from_settings({"dtype": "float16", "block_size": 16} | settings)
-    return resolve(config, MODEL, hardware, num_parameters=10**6)
+    return resolve(config, MODEL, hardware)
 
 
 def test_kernels_are_compiled_for_the_model_and_the_limits() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from octavo.engine.config import ModelConfig
+from octavo.engine.config import DTypeName, ModelConfig
+from octavo.engine.footprint import kv_pool_bytes
 from octavo.engine.runner.input_batch import InputBatch
-from octavo.engine.runner.kv_cache import allocate_kv_cache, kv_bytes_per_token
+from octavo.engine.runner.kv_cache import allocate_kv_cache
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import NewSequence, SchedulerOutput
 
@@ -117,4 +118,5 @@ def test_kv_cache_is_zero_and_as_large_as_said(dtype: torch.dtype) -> None:
     assert not any(tensor.any() for tensor in tensors)
     assert len({tensor.data_ptr() for tensor in tensors}) == 6
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert num_bytes == 6 * 8 * kv_bytes_per_token(config, dtype)
+    name: DTypeName = "float32" if dtype == torch.float32 else "bfloat16"
+    assert num_bytes == kv_pool_bytes(config, name, num_blocks=5, block_size=8)
