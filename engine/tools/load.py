@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .stream_client import Answer, StreamClient
+from .workload import gamma_arrivals
 
 __all__ = ["Load", "Measured", "arrival_times", "run_load"]
 
@@ -51,16 +52,7 @@ class Measured:
 
 def arrival_times(num: int, load: Load) -> npt.NDArray[np.float64]:
     """Return when each request arrives, [num] seconds from the start; their mean rate is exactly the one asked for."""
-    if math.isinf(load.request_rate):
-        return np.zeros(num)
-    if math.isinf(load.burstiness):
-        gaps = np.ones(num)
-    else:
-        gaps = np.random.default_rng(load.seed).gamma(load.burstiness, size=num)
-    times: npt.NDArray[np.float64] = np.cumsum(gaps)
-    # Left as it is the total would be some percents off, and throughput at a rate would depend on the seed.
-    times *= num / load.request_rate / times[-1]
-    return times
+    return gamma_arrivals(num, load.request_rate, load.burstiness, load.seed)
 
 
 async def run_load(

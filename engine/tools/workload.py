@@ -8,17 +8,19 @@ needed and any endpoint can be asked; how many tokens there were is the server's
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ConfigError, describe
 from ..strict_json import parse_json
 
-__all__ = ["LoadRequest", "random_requests", "read_jsonl", "sharegpt_requests"]
+__all__ = ["LoadRequest", "gamma_arrivals", "random_requests", "read_jsonl", "sharegpt_pairs", "sharegpt_requests"]
 
 _WORDS = """
 time year people way day man thing woman life child world school state family student group country problem hand part
@@ -76,6 +78,26 @@ def random_requests(
     ]
 
 
+def gamma_arrivals(num: int, rate: float, burstiness: float, seed: int) -> npt.NDArray[np.float64]:
+    """Return when each of `num` requests arrives, in seconds from the start; their mean rate is exactly the one asked
+    for.
+
+    Args:
+        num: requests.
+        rate: requests per second; inf: all at once.
+        burstiness: shape of the gamma distribution of the times between arrivals: 1 is a Poisson process, less comes in
+            bursts, more is more even, inf is a metronome.
+        seed: same seed, same times.
+    """
+    if math.isinf(rate):
+        return np.zeros(num)
+    gaps = np.ones(num) if math.isinf(burstiness) else np.random.default_rng(seed).gamma(burstiness, size=num)
+    times: npt.NDArray[np.float64] = np.cumsum(gaps)
+    # Left as it is the total would be some percents off, and throughput at a rate would depend on the seed.
+    times *= num / rate / times[-1]
+    return times
+
+
 async def sharegpt_requests(
     file: Path, num: int, *, seed: int, output_len: int | None, count_tokens: Callable[[str], Awaitable[int]]
 ) -> list[LoadRequest]:
@@ -92,16 +114,9 @@ async def sharegpt_requests(
         ConfigError: the file is none.
     """
     try:
-        conversations = json.loads(_read(file))
-        pairs = [
-            (each["conversations"][0]["value"], each["conversations"][1]["value"])
-            for each in conversations
-            if len(each.get("conversations") or each.get("conversation") or ()) >= 2
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(
-            f'--dataset-path {file}: is no ShareGPT file, a JSON list of {{"conversations": [{{"value": "..."}}, ...]}}'
-        ) from None
+        pairs = sharegpt_pairs(_json(_read(file)))
+    except ValueError as error:
+        raise ConfigError(f"--dataset-path {file}: {error}") from None
     requests: list[LoadRequest] = []
     for index in np.random.default_rng(seed).permutation(len(pairs)).tolist():
         prompt, recorded = pairs[index]
@@ -115,6 +130,27 @@ async def sharegpt_requests(
         if len(requests) == num:
             break
     return requests
+
+
+def sharegpt_pairs(document: Any) -> list[tuple[str, str]]:
+    """Return the first question and answer of every conversation that has them, in the order of the file.
+
+    Args:
+        document: a ShareGPT file, parsed.
+
+    Raises:
+        ValueError: it is none; says what one looks like.
+    """
+    try:
+        return [
+            (each["conversations"][0]["value"], each["conversations"][1]["value"])
+            for each in document
+            if len(each.get("conversations") or each.get("conversation") or ()) >= 2
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            'is no ShareGPT file, a JSON list of {"conversations": [{"value": "..."}, ...]}'
+        ) from None
 
 
 def read_jsonl(file: Path, num: int, *, output_len: int) -> list[LoadRequest]:
@@ -155,6 +191,13 @@ def _request(record: Any, output_len: int) -> LoadRequest:
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise ValueError(f"max_tokens is {describe(max_tokens)}; allowed: an integer of at least 1")
     return LoadRequest(prompt, max_tokens)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read(file: Path) -> str:
