@@ -12,6 +12,7 @@ from .bench_options import BenchOptions
 from .chat import chat
 from .flags import with_fields, with_flags
 from .generate import generate
+from .lens import lens
 from .serve import serve
 from .serve_options import ServeOptions
 
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.command(cls=GroupedCommand)(with_flags(generate))
 app.command(cls=GroupedCommand)(with_flags(chat))
+app.command(cls=GroupedCommand)(with_flags(lens))
 app.command(cls=GroupedCommand)(with_flags(serve, ServeOptions, "Server"))
 
 _bench = typer.Typer(help="Measure a running server.", no_args_is_help=True, rich_markup_mode=None)

@@ -107,7 +107,8 @@ class Decoder:
             metadata: where they stand and what they see.
             cache: one entry per layer.
             capture: hidden states wanted, in the numbering of transformers' `output_hidden_states`: 0 is the
-                embedding, i what layer i leaves, num_layers the last one after the final norm.
+                embedding, i what layer i leaves, num_layers the last one after the final norm; num_layers + 1, which
+                transformers has not, the last one before it.
 
         Returns:
             The normalised hidden states [T, H], and the captured ones, each [T, H], in the order of `capture`.
@@ -126,7 +127,12 @@ class Decoder:
             x = (self._final_norm if last else self._layers[index].attention_norm)(x, residual)
             if index in capture:
                 states[index] = x if last else residual.clone()
+        states[len(self._layers) + 1] = residual
         return x, [states[index] for index in capture]
+
+    def normalised(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return hidden states [n, H] that any layer leaves as the final norm would, had it come next."""
+        return self._final_norm(hidden_states)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits [n, vocab_size] of normalised hidden states [n, H]."""
