@@ -22,6 +22,7 @@ from .errors import EngineDeadError, RequestError
 from .events import KVSnapshot, Recorder
 from .intake import Intake
 from .observe.crash import write_bundle
+from .observe.recording import schedule_facts
 from .observe.ring import EventRing
 from .process.client import ProcessLink
 from .process.health import Health, Vitals
@@ -36,7 +37,7 @@ from .process.messages import (
     Reply,
     packed_params,
 )
-from .process.readers import Readers
+from .process.readers import Push, Readers
 from .process.thread import ThreadLink
 from .sampling_params import SamplingParams
 from .step import RequestOutput
@@ -116,7 +117,7 @@ class AsyncLLM:
         """
         llm = cls(crash_folder)
         kind = ThreadLink if in_process else ProcessLink
-        llm._link = kind(llm._on_message, llm._on_lost, on_phase, on_weights)
+        llm._link = kind(llm._on_message, llm._on_pause, llm._on_lost, on_phase, on_weights)
         llm.info, llm._tokenizer = await llm._link.start(config or EngineConfig(), engine_factory)
         llm._intake = Intake(
             llm._tokenizer,
@@ -208,6 +209,7 @@ class AsyncLLM:
         more_stops: Sequence[str] = (),
         cache_domain: str = "",
         arrived_s: float | None = None,
+        push: Push | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate for one prompt.
 
@@ -221,6 +223,8 @@ class AsyncLLM:
             more_stops: strings that end the output besides those of `params`.
             cache_domain: whom the request comes from: prefix blocks never cross domains.
             arrived_s: when it did, by `time.monotonic`; None: now. Metrics and explanations count from there.
+            push: offered the answer where its reader has nothing else to do, but for its end; what it takes, and
+                returns True for, is not yielded. That saves waking a task for every token.
 
         Yields:
             The same growing answer each time. News that came while the reader was busy count as one. Closing the
@@ -238,7 +242,7 @@ class AsyncLLM:
         params = self._intake.resolved(params, len(token_ids), default_max_tokens)
         request_id = await self._new_id(request_id)
         answer = self._texts.add(request_id, prompt, token_ids, params, more_stops=more_stops)
-        reader = self._readers.add(answer, stream)
+        reader = self._readers.add(answer, stream, push)
         try:
             engine_streams = stream or bool(more_stops) or self._texts.needs_every_token(params)
             arrived_s = time.monotonic() if arrived_s is None else arrived_s
@@ -345,6 +349,9 @@ class AsyncLLM:
             case _:
                 raise AssertionError(f"a running engine sends {type(message).__name__}")
 
+    def _on_pause(self) -> None:
+        self._readers.deliver()
+
     def _on_news(self, news: News) -> None:
         self._readers.take(news)
         if news.step is not None:
@@ -365,6 +372,7 @@ class AsyncLLM:
 
     def _leave_bundle(self, folder: Path, reason: str) -> None:
         facts = {field.name: getattr(self.info, field.name) for field in fields(self.info)}
+        facts |= schedule_facts(self.info.config)
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = write_bundle(folder, self.ring, facts, reason)

@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "OWES_LOGPROBS",
     "BlockState",
     "EventKind",
     "KVSnapshot",
+    "Moment",
     "Recorder",
     "RequestEvent",
     "RunningSequence",
@@ -30,6 +32,9 @@ __all__ = [
 ]
 
 Int32Array = npt.NDArray[np.int32]
+
+OWES_LOGPROBS = "prompt logprobs"
+"""Of a sequence that finds nothing in the prefix cache before the log-probabilities of its prompt are computed."""
 
 
 class EventKind(StrEnum):
@@ -59,6 +64,17 @@ class WaitReason(StrEnum):
     """Nothing is in its way: its text was encoded, it was sent to the engine, a step was running."""
 
 
+class Moment(StrEnum):
+    """When something came from outside, or an end came about, as seen from the steps."""
+
+    BETWEEN = ""
+    """After one step was over and before the next was scheduled."""
+    FLIGHT = "flight"
+    """While a step was out."""
+    UPDATE = "update"
+    """As the output of a step was taken over: a stop token, a limit, a failure."""
+
+
 class RequestEvent(NamedTuple):
     """Something that happened to one sequence."""
 
@@ -80,7 +96,17 @@ class RequestEvent(NamedTuple):
     max_tokens: int = 0
     """ARRIVED: the most it may generate."""
     detail: str = ""
-    """WAITS: the reason; FINISHED: the finish reason."""
+    """ARRIVED: `OWES_LOGPROBS` or nothing; WAITS: the reason; FINISHED: the finish reason."""
+    moment: Moment = Moment.BETWEEN
+    """ARRIVED, FINISHED: when."""
+    serial: int = -1
+    """ARRIVED: its number in the run, from 0."""
+    priority: int = 0
+    """ARRIVED: smaller is served earlier; 0 for all where the policy is first come, first served."""
+    kin: tuple[int, ...] = ()
+    """WAITS, ADMITTED: which of the full blocks of its tokens somebody else had before, as (serial, first, end) after
+    one another: blocks [first, end) are those of the sequence `serial`, which was the first to have them. As much of it
+    as was not told before. It says who shares a prefix, and nothing about what is in it."""
 
 
 class StepEvent(NamedTuple):
@@ -107,6 +133,11 @@ class StepEvent(NamedTuple):
     num_cached_blocks: int
     failed: str = ""
     """Why it failed, if it did."""
+    num_cache_resets: int = 0
+    """How often the prefix cache was emptied on purpose since the step before was scheduled."""
+    kin: tuple[int, ...] = ()
+    """Blocks that became full of output which somebody else had before, as (serial, other serial, first, end) after one
+    another; see `RequestEvent.kin`."""
 
 
 class BlockState(IntEnum):

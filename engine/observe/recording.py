@@ -8,6 +8,9 @@ needs no other document. Three things are short because they repeat:
     num_scheduled_tokens    a number where every row ran so many
     sampled                 null where every row got a token
 
+Version 2 holds all that the schedule depended on, so that it can be run again (`octavo.engine.tools.replay`). Files of
+version 1 lack the fields that came with it, and are read with their defaults.
+
 Blocks are runs [count, state, count, state, ...] over blocks 1 to num_blocks, states as in `BlockState`. Times are
 seconds, rounded to microseconds.
 """
@@ -21,19 +24,35 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from ..config import EngineConfig
 from ..errors import ConfigError, describe
-from ..events import BlockState, EventKind, KVSnapshot, RequestEvent, StepEvent, WaitReason
+from ..events import OWES_LOGPROBS, BlockState, EventKind, KVSnapshot, Moment, RequestEvent, StepEvent, WaitReason
 from ..step import FinishReason
 from ..strict_json import parse_json
 from .ring import EventRing
 
-__all__ = ["EVENT_FIELDS", "STEP_FIELDS", "Recording", "dumps", "event_rows", "loads", "snapshot_json", "step_rows"]
+__all__ = [
+    "EVENT_FIELDS",
+    "STEP_FIELDS",
+    "Recording",
+    "dumps",
+    "event_rows",
+    "from_json",
+    "loads",
+    "schedule_facts",
+    "snapshot_json",
+    "step_rows",
+    "to_json",
+]
 
-VERSION = 1
+VERSION = 2
 STEP_FIELDS = StepEvent._fields
 EVENT_FIELDS = RequestEvent._fields
+_NUM_FIELDS = {1: (12, 10), VERSION: (len(STEP_FIELDS), len(EVENT_FIELDS))}
+"""By version: how many fields of a step and of an event there are."""
 _STEP_TIMES = ("start_s", "execute_s", "update_s", "end_s")
 _DETAILS: dict[EventKind, tuple[str, ...]] = {
+    EventKind.ARRIVED: ("", OWES_LOGPROBS),
     EventKind.WAITS: tuple(reason.value for reason in WaitReason),
     EventKind.FINISHED: tuple(reason.value for reason in FinishReason),
 }
@@ -52,6 +71,18 @@ class Recording(NamedTuple):
     ring: EventRing
     is_complete: bool
     """Whether the ring held the whole run when it was written."""
+    version: int = VERSION
+    """Of the form it was written in."""
+
+
+def schedule_facts(config: EngineConfig) -> Json:
+    """Return the settings, beside sizes, that a schedule depends on, as facts of a recording."""
+    return {
+        "prefix_caching": config.cache.prefix_caching,
+        "policy": config.scheduler.policy,
+        "preempt_every": config.faults.preempt_every,
+        "miss_prefix_cache": config.faults.miss_prefix_cache,
+    }
 
 
 def step_rows(steps: Iterable[StepEvent]) -> list[list[Any]]:
@@ -73,6 +104,8 @@ def step_rows(steps: Iterable[StepEvent]) -> list[list[Any]]:
                 event.num_free_blocks,
                 event.num_cached_blocks,
                 event.failed,
+                event.num_cache_resets,
+                event.kin,
             ]
         )
         before = event.rows
@@ -138,6 +171,15 @@ def loads(data: bytes | str) -> Recording:
         document = parse_json(data.decode() if isinstance(data, bytes) else data)
     except ValueError as error:
         raise ConfigError(f"the recording is not JSON: {error}") from None
+    return from_json(document)
+
+
+def from_json(document: Any) -> Recording:
+    """Read a recording that was parsed already.
+
+    Raises:
+        ConfigError: it is not one, or is damaged; names the place.
+    """
     fields = {
         "octavo_recording",
         "facts",
@@ -150,9 +192,11 @@ def loads(data: bytes | str) -> Recording:
     }
     if not isinstance(document, dict) or document.keys() != fields:
         _refuse("", document, f"an object with {', '.join(sorted(fields))}")
-    if document["octavo_recording"] is not VERSION:
-        _refuse("octavo_recording", document["octavo_recording"], str(VERSION))
-    for name, expected in (("step_fields", STEP_FIELDS), ("event_fields", EVENT_FIELDS)):
+    version = document["octavo_recording"]
+    if type(version) is not int or version not in _NUM_FIELDS:
+        _refuse("octavo_recording", version, ", ".join(map(str, _NUM_FIELDS)))
+    step_fields, event_fields = STEP_FIELDS[: _NUM_FIELDS[version][0]], EVENT_FIELDS[: _NUM_FIELDS[version][1]]
+    for name, expected in (("step_fields", step_fields), ("event_fields", event_fields)):
         if document[name] != list(expected):
             _refuse(name, document[name], ", ".join(expected))
     facts, is_complete = document["facts"], document["is_complete"]
@@ -163,22 +207,22 @@ def loads(data: bytes | str) -> Recording:
     steps, events = _list("steps", document["steps"]), _list("events", document["events"])
     maps = _list("block_maps", document["block_maps"])
     ring = EventRing(max(1, len(steps)), max(1, len(events)), max(1, len(maps)))
-    for event in _steps(steps):
+    for event in _steps(steps, step_fields):
         ring.on_step(event)
     for i, row in enumerate(events):
-        ring.on_request(_event(f"events[{i}]", row))
+        ring.on_request(_event(f"events[{i}]", row, event_fields))
     for i, row in enumerate(maps):
         time_s, runs = _list(f"block_maps[{i}]", row, 2)
         blocks = _blocks(f"block_maps[{i}][1]", runs)
         ring.on_snapshot(KVSnapshot(_time(f"block_maps[{i}][0]", time_s), blocks, 0, [], []))
-    return Recording(facts, ring, is_complete)
+    return Recording(facts, ring, is_complete, version)
 
 
-def _steps(rows: Sequence[Any]) -> Iterable[StepEvent]:
+def _steps(rows: Sequence[Any], fields: Sequence[str]) -> Iterable[StepEvent]:
     before: StepEvent | None = None
     for i, row in enumerate(rows):
         where = f"steps[{i}]"
-        values = dict(zip(STEP_FIELDS, _list(where, row, len(STEP_FIELDS)), strict=True))
+        values = dict(zip(fields, _list(where, row, len(fields)), strict=True))
         for name in _STEP_TIMES:
             values[name] = _time(f"{where}.{name}", values[name])
         if sorted(times := [values[name] for name in _STEP_TIMES]) != times:
@@ -199,12 +243,14 @@ def _steps(rows: Sequence[Any]) -> Iterable[StepEvent]:
         if len(counts) != num_seqs:
             _refuse(f"{where}.num_scheduled_tokens", counts, f"{num_seqs} numbers")
         _text(f"{where}.failed", values["failed"])
+        _int(f"{where}.num_cache_resets", values.setdefault("num_cache_resets", 0), 0, _MAX_TOKENS)
+        values["kin"] = _kin(f"{where}.kin", values.get("kin", []), 4)
         before = StepEvent(**values)
         yield before
 
 
-def _event(where: str, row: Any) -> RequestEvent:
-    values = dict(zip(EVENT_FIELDS, _list(where, row, len(EVENT_FIELDS)), strict=True))
+def _event(where: str, row: Any, fields: Sequence[str]) -> RequestEvent:
+    values = dict(zip(fields, _list(where, row, len(fields)), strict=True))
     kinds = [kind.value for kind in EventKind]
     if values["kind"] not in kinds:
         _refuse(f"{where}.kind", values["kind"], ", ".join(kinds))
@@ -219,7 +265,22 @@ def _event(where: str, row: Any) -> RequestEvent:
     _text(f"{where}.request_id", values["request_id"])
     if values["detail"] not in _DETAILS.get(values["kind"], ("",)):
         _refuse(f"{where}.detail", values["detail"], "a reason of its kind")
+    if values.get("moment", "") not in list(Moment):
+        _refuse(f"{where}.moment", values["moment"], "'', flight, update")
+    values["moment"] = Moment(values.get("moment", ""))
+    _int(f"{where}.serial", values.setdefault("serial", -1), -1, _MAX_TOKENS)
+    _int(f"{where}.priority", values.setdefault("priority", 0), -(1 << 63), 1 << 63)
+    values["kin"] = _kin(f"{where}.kin", values.get("kin", []), 3)
     return RequestEvent(**values)
+
+
+def _kin(where: str, value: Any, length: int) -> tuple[int, ...]:
+    numbers: list[int] = _ints(where, value, 0, _MAX_TOKENS).tolist()
+    if len(numbers) % length or any(
+        first >= end for first, end in zip(numbers[length - 2 :: length], numbers[length - 1 :: length], strict=True)
+    ):
+        _refuse(where, value, f"{length} numbers for each run of blocks")
+    return tuple(numbers)
 
 
 def _blocks(where: str, runs: Any) -> npt.NDArray[np.uint8]:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ..events import EventKind, Recorder, RequestEvent, StepEvent, WaitReason
+from ..events import OWES_LOGPROBS, EventKind, Moment, Recorder, RequestEvent, StepEvent, WaitReason
 from ..request import Request
 from ..step import SchedulerOutput
-from .block_pool import BlockPool
+from .block_owners import BlockOwners
+from .kv_cache_manager import KVCacheManager
 
 __all__ = ["Emitter"]
 
@@ -23,13 +24,18 @@ class Emitter:
     Args:
         recorder: takes the events.
         clock: the scheduler's.
+        kv: the scheduler's.
     """
 
-    def __init__(self, recorder: Recorder, clock: Callable[[], float]) -> None:
+    def __init__(self, recorder: Recorder, clock: Callable[[], float], kv: KVCacheManager) -> None:
         self._recorder = recorder
         self._clock = clock
+        self._pool = kv.pool
+        self._owners = BlockOwners(kv)
+        self._kin: list[int] = []
+        self._num_resets = self._num_resets_before = 0
         self._start_s = self._execute_s = self._update_s = 0.0
-        self._in_flight = False
+        self._moment = Moment.BETWEEN
         self._ends: list[RequestEvent] = []
         """Of sequences that ended while a step was out: told after it, since it may have run them."""
 
@@ -38,21 +44,45 @@ class Emitter:
         num_tokens = request.num_prompt_tokens
         max_tokens = request.max_num_tokens - num_tokens
         time_s, request_id, choice = request.arrival_time_s, request.request_id, request.index
-        event = RequestEvent(EventKind.ARRIVED, time_s, step, request_id, choice, -1, num_tokens, 0, max_tokens)
+        event = RequestEvent(
+            EventKind.ARRIVED,
+            time_s,
+            step,
+            request_id,
+            choice,
+            num_tokens=num_tokens,
+            max_tokens=max_tokens,
+            detail=OWES_LOGPROBS if request.owes_prompt_logprobs else "",
+            moment=self._moment,
+            serial=self._owners.enter(request),
+            priority=request.priority,
+        )
         self._recorder.on_request(event)
 
     def waits(self, request: Request, reason: WaitReason, step: int) -> None:
         """Tell why the head of the queue is not admitted."""
         request_id, choice = request.request_id, request.index
-        event = RequestEvent(EventKind.WAITS, self._clock(), step, request_id, choice, detail=reason.value)
+        kin = self._owners.kin(request)
+        event = RequestEvent(EventKind.WAITS, self._clock(), step, request_id, choice, detail=reason.value, kin=kin)
         self._recorder.on_request(event)
 
     def admitted(self, request: Request, step: int, time_s: float, num_cached_tokens: int) -> None:
         """Tell that a sequence got a row."""
         num_tokens, row = len(request.token_ids), request.row
-        request_id, choice = request.request_id, request.index
-        event = RequestEvent(EventKind.ADMITTED, time_s, step, request_id, choice, row, num_tokens, num_cached_tokens)
-        self._recorder.on_request(event)
+        request_id, choice, kin = request.request_id, request.index, self._owners.kin(request)
+        self._recorder.on_request(
+            RequestEvent(
+                EventKind.ADMITTED,
+                time_s,
+                step,
+                request_id,
+                choice,
+                row,
+                num_tokens,
+                num_cached_tokens,
+                kin=kin,
+            )
+        )
 
     def preempted(self, request: Request, step: int, num_tokens: int) -> None:
         """Tell that a sequence is about to lose its row, and so many tokens' KV with it."""
@@ -74,23 +104,36 @@ class Emitter:
             row,
             num_tokens,
             detail=reason.value,
+            moment=self._moment,
         )
-        if self._in_flight:
+        self._owners.leave(request)
+        if self._moment != Moment.BETWEEN:
             self._ends.append(event)
         else:
             self._recorder.on_request(event)
 
+    def filled(self, request: Request) -> None:
+        """Note that a block of a running sequence has become full."""
+        for kin in self._owners.filled(request):
+            self._kin += kin
+
+    def reset(self) -> None:
+        """Note that the prefix cache was emptied."""
+        self._num_resets += 1
+
     def begin(self) -> None:
         """Note that scheduling begins."""
         self._start_s = self._clock()
+        self._num_resets_before, self._num_resets = self._num_resets, 0
 
     def handed_out(self) -> None:
         """Note that the runner gets the step."""
-        self._in_flight = True
+        self._moment = Moment.FLIGHT
         self._execute_s = self._clock()
 
     def landed(self) -> None:
         """Note that the step is back, with or without its output."""
+        self._moment = Moment.UPDATE
         self._update_s = self._clock()
 
     def ended(
@@ -98,7 +141,6 @@ class Emitter:
         work: SchedulerOutput,
         sampled: npt.NDArray[np.int32],
         num_waiting: int,
-        pool: BlockPool,
         failed: str = "",
     ) -> None:
         """Tell of a step that is over, then of the sequences that ended with it.
@@ -107,7 +149,6 @@ class Emitter:
             work: the step.
             sampled: positions in its rows of those that got a token.
             num_waiting: sequences in the queue.
-            pool: as it is now.
             failed: why it failed, if it did.
         """
         recorder = self._recorder
@@ -121,12 +162,15 @@ class Emitter:
             work.num_scheduled_tokens,
             sampled,
             num_waiting,
-            pool.num_free,
-            pool.num_cached,
+            self._pool.num_free,
+            self._pool.num_cached,
             failed,
+            self._num_resets_before,
+            tuple(self._kin),
         )
         recorder.on_step(event)
-        self._in_flight = False
+        self._kin.clear()
+        self._moment = Moment.BETWEEN
         if self._ends:
             for end in self._ends:
                 recorder.on_request(end)

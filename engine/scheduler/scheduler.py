@@ -87,7 +87,7 @@ class Scheduler:
         self.kv = KVCacheManager(limits)
         self.waiting = WaitingQueue()
         self._clock = clock
-        self._events = None if recorder is None else Emitter(recorder, clock)
+        self._events = None if recorder is None else Emitter(recorder, clock, self.kv)
         self._admission = Admission(limits, self.rows, self.kv)
         self._waits: tuple[Request, WaitReason] | None = None
         """The head of the queue when it was last refused, and why."""
@@ -205,6 +205,8 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Forget every cached block; who uses one keeps it."""
         self.kv.pool.forget_all()
+        if self._events is not None:
+            self._events.reset()
 
     def schedule(self) -> SchedulerOutput | None:
         """Decide the next step; None where nothing can run."""
@@ -430,6 +432,8 @@ class Scheduler:
         for i in np.flatnonzero(ends >= self.kv.next_full[index]).tolist():
             row = int(index[i])
             self.kv.cache_full_blocks(row, table.request(row), table.token_ids[row], int(ends[i]))
+            if self._events is not None:
+                self._events.filled(table.request(row))
         speaks = table.append(sampled_rows, tokens)
         self._num_output_tokens += len(sampled_rows)
         if output.logprobs or output.prompt_logprobs or output.hidden_states:
@@ -452,7 +456,7 @@ class Scheduler:
             elif request.stream:
                 said.append(news(request, table))
         if self._events is not None:
-            self._events.ended(work, sampled, len(self.waiting), self.kv.pool)
+            self._events.ended(work, sampled, len(self.waiting))
         return said
 
     def _end_failed(self, flight: _Flight, output: ModelOutput) -> list[EngineOutput]:
@@ -484,7 +488,7 @@ class Scheduler:
             for row in flight.rows[self._is_running[flight.rows]].tolist()
         ]
         if self._events is not None:
-            self._events.ended(work, work.sampled[:0], len(self.waiting), self.kv.pool, failed=message)
+            self._events.ended(work, work.sampled[:0], len(self.waiting), failed=message)
         return said
 
     def _land(self, work: SchedulerOutput) -> _Flight:

@@ -15,7 +15,7 @@ from ..events import KVSnapshot
 from ..observe.explain import explain, summaries
 from ..observe.live import LiveFeed
 from ..observe.metrics import CONTENT_TYPE_LATEST
-from ..observe.recording import dumps
+from ..observe.recording import dumps, schedule_facts
 from ..observe.ring import EventRing
 from ..observe.trace import chrome_trace
 from .body import Disconnected, send_json, send_response
@@ -168,4 +168,4 @@ def _facts(context: Context) -> dict[str, Any]:
     info = context.llm.info
     names = ("vocab_size", "num_layers", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
     facts = {name: getattr(info, name) for name in (*names, "num_blocks", "block_size", "dtype", "device", "backend")}
-    return {"model": context.model_names[0], **facts}
+    return {"model": context.model_names[0], **facts, **schedule_facts(info.config)}

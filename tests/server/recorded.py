@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+from octavo.engine.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.observe import recording
 from octavo.engine.observe.ring import EventRing
@@ -74,7 +75,8 @@ def record() -> bytes:
         if runner.now_s >= shown_s + SNAPSHOT_S:
             shown_s = runner.now_s
             ring.on_snapshot(core.snapshot())
-    facts = {name: getattr(LIMITS, name) for name in ("num_blocks", "block_size", "max_num_seqs", "max_model_len")}
+    names = ("num_blocks", "block_size", "max_num_seqs", "max_model_len", "max_num_batched_tokens", "vocab_size")
+    facts = {name: getattr(LIMITS, name) for name in names} | recording.schedule_facts(EngineConfig())
     return recording.dumps(ring, {"model": "fake", **facts})
 
 

@@ -3,7 +3,7 @@
 import { count, duration, some } from "./dom.js";
 import { MAX_WINDOW_S } from "./run.js";
 
-const VERSION = 1;
+const VERSIONS = [1, 2];
 // Chunks between two waits that are shown one by one.
 const MAX_CHUNK_ROWS = 6;
 
@@ -37,7 +37,7 @@ function readBlocks(runs) {
 
 // Return a recording as `Run` takes it. Throws where it is none.
 export function readRecording(file) {
-	if (file?.octavo_recording !== VERSION) throw new Error("it is not a recording of a kind this page knows");
+	if (!VERSIONS.includes(file?.octavo_recording)) throw new Error("it is not a recording of a kind this page knows");
 	const { facts } = file, steps = readSteps(file.step_fields, file.steps), maps = file.block_maps.map(([time, runs]) => ({ time, states: readBlocks(runs) }));
 	return {
 		facts: { model: facts.model ?? "", numBlocks: facts.num_blocks, blockSize: facts.block_size, maxNumSeqs: facts.max_num_seqs },
