@@ -7,15 +7,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .load import Load, Measured
-from .stream_client import Answer
 from .workload import LoadRequest
 
-__all__ = ["METRICS", "PerRequest", "serving_result", "table_lines", "wrong_answers"]
+if TYPE_CHECKING:
+    from .load import Load, Measured
+    from .stream_client import Answer
+
+__all__ = ["METRICS", "TABLE_WIDTH", "PerRequest", "serving_result", "table_lines", "table_row", "wrong_answers"]
 
 METRICS = {
     "ttft": ("TTFT", "Time to First Token"),
@@ -40,7 +42,7 @@ _COUNTS = (
     ("Peak concurrent requests:", "max_concurrent_requests"),
     ("Total token throughput (tok/s):", "total_token_throughput"),
 )
-_WIDTH = 50
+TABLE_WIDTH = 50
 
 
 class PerRequest(NamedTuple):
@@ -152,20 +154,21 @@ def serving_result(
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the table of one result; what does not apply is left out."""
-    lines = [" Serving Benchmark Result ".center(_WIDTH, "=")]
+    lines = [" Serving Benchmark Result ".center(TABLE_WIDTH, "=")]
     for label, key in _COUNTS:
         value = result[key]
         if value is not None and (key, value) != ("request_rate", "inf"):
-            lines.append(_row(label, value))
+            lines.append(table_row(label, value))
     for name, (short, title) in METRICS.items():
         if result[f"mean_{name}_ms"] is not None:
-            lines.append(title.center(_WIDTH, "-"))
+            lines.append(title.center(TABLE_WIDTH, "-"))
             for statistic in ("mean", "median", "p99"):
-                lines.append(_row(f"{statistic.capitalize()} {short} (ms):", result[f"{statistic}_{name}_ms"]))
-    return [*lines, "=" * _WIDTH]
+                lines.append(table_row(f"{statistic.capitalize()} {short} (ms):", result[f"{statistic}_{name}_ms"]))
+    return [*lines, "=" * TABLE_WIDTH]
 
 
-def _row(label: str, value: float) -> str:
+def table_row(label: str, value: float) -> str:
+    """Return a line of a table: whole numbers as they are, others with two decimals."""
     return f"{label:<40} " + (f"{value:<10}" if isinstance(value, int) else f"{value:<10.2f}").rstrip()
 
 

@@ -25,7 +25,7 @@ from ...events import EventKind
 from ...observe.recording import loads
 from ...strict_json import parse_json
 from ..workload import MAX_PROMPT_TOKENS, MAX_TOTAL_TOKENS, MIN_TOKENS, gamma_arrivals, sharegpt_pairs
-from .workload import DrawnPrompts, HashedPrompts, IntArray, KnownPrompts, Prompts, Workload
+from .workload import DrawnPrompts, FloatArray, HashedPrompts, IntArray, KnownPrompts, Prompts, Workload
 
 __all__ = ["Encode", "read_workload"]
 
@@ -84,7 +84,7 @@ def read_workload(text: str, encode: Encode | None = None, *, seed: int = 0, mos
 
 
 def _drawn(text: str, kind: str, words: str, most: int | None) -> Workload:
-    given = dict(word.split("=", 1) if "=" in word else (word, "") for word in words.split(",") if word)
+    given = {name: value for name, _, value in (word.partition("=") for word in words.split(",") if word)}
     allowed = {**_KINDS[kind], **_COMMON}
     for name, value in given.items():
         if name not in allowed or not value:
@@ -111,10 +111,11 @@ def _drawn(text: str, kind: str, words: str, most: int | None) -> Workload:
         inputs, outputs = (_lengths(values[name], num, rng) for name in ("input", "output"))
     except ValueError as error:
         raise ConfigError(f"the workload {text}: {error}") from None
+    arrival_s: FloatArray
     if kind == "poisson":
         arrival_s = gamma_arrivals(num, number("rate", 1e-9), number("burstiness", 1e-3), seed)
     else:
-        arrival_s = np.arange(num) // int(number("size", 1)) * number("every", 0)
+        arrival_s = np.arange(num) // int(number("size", 1)) * np.float64(number("every", 0))
     prefix = int(number("prefix", 0))
     prefixes = rng.integers(0, int(number("prefixes", 1)), num)
     return Workload(text, arrival_s, inputs + prefix, outputs, DrawnPrompts(prefix, prefixes))
@@ -149,7 +150,7 @@ def _conversations(name: str, data: str, encode: Encode | None, seed: int, most:
     ids, outputs, num_left = [], [], 0
     for index in np.random.default_rng(seed).permutation(len(pairs)).tolist():
         prompt, answer = (_encoded(each, encode) for each in pairs[index])
-        fits = MIN_TOKENS <= min(len(prompt), len(answer)) and len(prompt) <= MAX_PROMPT_TOKENS
+        fits = min(len(prompt), len(answer)) >= MIN_TOKENS and len(prompt) <= MAX_PROMPT_TOKENS
         if not fits or len(prompt) + len(answer) > MAX_TOTAL_TOKENS:
             num_left += 1
             continue

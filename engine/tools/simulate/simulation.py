@@ -105,9 +105,7 @@ class Simulation:
         run_ahead: use the short cut described above; for tests.
     """
 
-    def __init__(
-        self, workload: Workload, limits: SchedulerLimits, cost: CostModel, *, run_ahead: bool = True
-    ) -> None:
+    def __init__(self, workload: Workload, limits: SchedulerLimits, cost: CostModel, *, run_ahead: bool = True) -> None:
         num = len(workload)
         self.scheduler = Scheduler(limits, lambda: self._now_s)
         self.num_finished = 0

@@ -1,0 +1,233 @@
+"""This module holds `octavo simulate`: from flags to simulations, their tables and pages. It does not know how one is
+run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import EngineConfig
+from ..errors import ConfigError
+from .bench_options import objectives_from
+from .endings import FAILED, OK
+from .flags import Options
+from .simulate_options import SimulateOptions
+from .terminal import error_line, show, stderr
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ..loader import Checkpoint
+    from ..tools.simulate.cost import LinearCost
+    from ..tools.simulate.sweep import Scenario, Simulated
+    from ..tools.simulate.workload import Workload
+
+__all__ = ["simulate"]
+
+STDOUT = Path("-")
+
+
+def simulate(
+    workload: Annotated[str, typer.Argument(metavar="WORKLOAD", show_default=False)],
+    more_objectives: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    *,
+    options: Options,
+) -> int:
+    r"""Run a workload through the engine's scheduler on a clock, and predict what its users would see.
+
+    Needs no GPU and no weights. WORKLOAD is poisson:rate=8,n=10000,input=512,output=128 (lengths also as 100-1000,
+    lognormal:MEDIAN:SIGMA or exponential:MEAN; like=sharegpt has its lengths; prefix=1000,prefixes=4 are shared),
+    burst:size=64,every=10,n=640, a file of JSON lines with arrival_s, prompt_tokens or prompt, and output_tokens, a
+    ShareGPT file, or a recording of octavo serve.
+    """
+    known = {each.name for each in fields(SimulateOptions)}
+    own = SimulateOptions(**{name: value for name, value in options.own.items() if name in known})
+    # As in bench, --goodput ttft:200 tpot:50 may name several; what follows the first arrives as an argument.
+    goodput = objectives_from([*(own.goodput or ()), *(more_objectives or ())])
+    if options.config.device != "auto":
+        raise ConfigError(f"device is {options.config.device!r}; a simulation runs nowhere: --gpu or --cost says where")
+    from ..tools.simulate.sweep import parse_sweeps, points_of
+
+    sweeps = parse_sweeps(own.sweep or ())
+    scenario = _scenario(workload, options.config, own, goodput, sweeps)
+    if not options.quiet:
+        for line in scenario.workload.notes:
+            stderr().print(line, style="yellow")
+    runs = _run(scenario, points_of(sweeps), own, quiet=options.quiet)
+    return _show(scenario, runs, own, sweeps, quiet=options.quiet)
+
+
+def _scenario(
+    words: str, config: EngineConfig, own: SimulateOptions, goodput: Mapping[str, float], sweeps: Mapping[str, Any]
+) -> Scenario:
+    from ..tools.gpus import find_gpu
+    from ..tools.simulate.cost import read_cost, write_cost
+    from ..tools.simulate.sweep import Scenario
+
+    if own.gpu is not None:
+        find_gpu(own.gpu)  # a misspelt name costs no time then
+    gpu = own.gpu if own.gpu is not None or "gpu" not in sweeps else sweeps["gpu"][0]
+    cost: LinearCost | None = None if own.cost is None else read_cost(own.cost)
+    if cost is not None:
+        stderr().print(f"a step takes {cost}; off by {cost.error:.0%} of a step on average", style="dim")
+        if own.save_cost is not None:
+            write_cost(own.save_cost, cost)
+    checkpoint = _checkpoint(config.model)
+    scenario = Scenario(
+        _workload(words, checkpoint, own),
+        checkpoint.model_config,
+        config,
+        gpu,
+        cost,
+        own.efficiency,
+        own.overhead_us * 1e-6,
+        goodput,
+        own.request_rate,
+        own.burstiness,
+        own.seed,
+    )
+    scenario.resolved()
+    return scenario
+
+
+def _checkpoint(name: str) -> Checkpoint:
+    """Return a model of which nothing is read but its shape, and its tokenizer if there is one."""
+    from ..loader import resolve_model
+
+    path = Path(name)
+    return resolve_model(str(path.parent) if path.name == "config.json" else name, load_format="dummy")
+
+
+def _workload(words: str, checkpoint: Checkpoint, own: SimulateOptions) -> Workload:
+    from ..text.tokenizer import Tokenizer
+    from ..tools.simulate.reading import read_workload
+
+    tokenizer = None
+    if Path(words).is_file():
+        if checkpoint.tokenizer_folder is not None:
+            tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
+        elif checkpoint.tokenizer_metadata is not None:
+            tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata)
+    encode = None if tokenizer is None else tokenizer.encode
+    return read_workload(words, encode, seed=own.seed, most=own.num_prompts)
+
+
+def _run(scenario: Scenario, points: Sequence[Mapping[str, Any]], own: SimulateOptions, *, quiet: bool) -> list[Any]:
+    """Simulate what is not done yet; return all in the order of the grid."""
+    from ..tools.simulate.sweep import Simulated, append_finished, num_cores, read_finished, run_points
+
+    for point in points:
+        scenario.at(point).resolved()  # what cannot run is said before anything does
+    found = {} if own.output is None else read_finished(own.output, scenario, points)
+    if found and not quiet:
+        stderr().print(f"{len(found):,} of {len(points):,} are in {own.output}", style="dim")
+    left = {place: point for place, point in enumerate(points) if place not in found}
+    if left:
+        total = len(left) * len(scenario.workload)
+        with _Bar(total, quiet=quiet) as bar:
+            for place, result in run_points(scenario, left, own.jobs or num_cores(), bar.show):
+                found[place] = result
+                if own.output is not None:
+                    append_finished(own.output, scenario, Simulated(points[place], result))
+    return [Simulated(point, found[place]) for place, point in enumerate(points)]
+
+
+class _Bar:
+    """Shows how many requests are over: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._total = total
+        self._quiet = quiet
+        self._console = stderr()
+        self._progress: Progress | None = None
+        self._begun_s = self._told_s = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        if self._console.is_terminal and not self._quiet:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                *(TextColumn("requests"), BarColumn(bar_width=24), MofNCompleteColumn()),
+                *(TextColumn("{task.description}", style="dim"), TimeRemainingColumn(compact=True)),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._progress.add_task("", total=self._total)
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def show(self, num_over: int) -> None:
+        """Show that so many are over."""
+        now = time.monotonic()
+        rate = num_over / max(now - self._begun_s, 1e-9)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=num_over, description=f"{rate:,.0f}/s")
+        elif not self._quiet and now - self._told_s > 10:
+            self._told_s = now
+            left = f", {(self._total - num_over) / rate:,.0f} s left" if rate else ""
+            self._console.print(f"{num_over:,} of {self._total:,} requests{left}")
+
+
+def _show(
+    scenario: Scenario, runs: Sequence[Simulated], own: SimulateOptions, sweeps: Mapping[str, Any], *, quiet: bool
+) -> int:
+    from ..tools.simulate.figures import simulation_lines
+    from ..tools.simulate.page import point_name, simulation_page, sweep_lines
+
+    about = _about(scenario, own, runs, sweeps)
+    document = {"octavo_simulation": 1, "about": about, "points": [run._asdict() for run in runs]}
+    if own.json != STDOUT:
+        for name, value in about.items():
+            if not quiet:
+                stderr().print(f"{name}: {value}", style="dim")
+        show("\n".join(sweep_lines(runs) if sweeps else simulation_lines(runs[0].result)))
+    if own.json is not None:
+        text = json.dumps(document) + "\n"
+        show(text, end="") if own.json == STDOUT else own.json.write_text(text, encoding="utf-8")
+    if own.html is not None:
+        own.html.write_text(simulation_page(about, runs, scenario.workload.notes).html(), encoding="utf-8")
+    for run in runs:
+        if run.result["failed"]:
+            where = f"{point_name(run.point)}: " if sweeps else ""
+            reasons = "\n".join(run.result["refused"])
+            error_line(f"{where}{run.result['failed']:,} requests are refused, such as:\n{reasons}")
+    return FAILED if any(run.result["failed"] for run in runs) else OK
+
+
+def _about(
+    scenario: Scenario, own: SimulateOptions, runs: Sequence[Simulated], sweeps: Mapping[str, Any]
+) -> dict[str, str]:
+    from ..tools.gpus import find_gpu
+    from ..tools.simulate.page import about_run
+
+    workload = scenario.workload
+    inputs, outputs = workload.prompt_tokens, workload.output_tokens
+    about = {
+        "workload": workload.name,
+        "requests": f"{len(workload):,} of {inputs.mean():,.0f} + {outputs.mean():,.0f} tokens on average",
+        "model": scenario.config.model,
+    }
+    if scenario.gpu is not None and "gpu" not in sweeps:
+        about["machine"] = find_gpu(scenario.gpu).title
+    if scenario.cost is not None:
+        about["steps take"] = f"{scenario.cost}, fitted to {scenario.cost.num_steps:,} measured steps"
+    else:
+        about["steps take"] = f"{scenario.efficiency:.0%} of the data sheet's bandwidth and rate"
+        if scenario.overhead_s:
+            about["steps take"] += f", and {own.overhead_us:g} µs"
+    if own.request_rate is not None:
+        about["arrivals"] = f"{own.request_rate:g} requests per second"
+    if not sweeps:
+        about |= about_run(runs[0].result)
+    return about
