@@ -1,13 +1,13 @@
-"""This module holds the flags of `octavo bench serve`, checked. It does not know what is done with them."""
+"""This module holds the flags of `octavo bench`, checked. It does not know what is done with them."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import ConfigError, describe
 from ..strict_json import parse_json
@@ -15,11 +15,36 @@ from ..strict_json import parse_json
 if TYPE_CHECKING:
     from ..tools.load import Load
 
-__all__ = ["OBJECTIVES", "BenchOptions", "objectives_from"]
+Kind = TypeVar("Kind", "ThroughputOptions", "LatencyOptions")
+
+__all__ = [
+    "OBJECTIVES",
+    "BenchOptions",
+    "LatencyOptions",
+    "OpOptions",
+    "ThroughputOptions",
+    "objectives_from",
+    "own_options",
+]
 
 OBJECTIVES = ("ttft", "tpot", "e2el")
-_CHOICES = {"endpoint": ("completions", "chat"), "dataset": ("random", "sharegpt", "jsonl")}
-_LEAST = {"num_prompts": 1, "input_len": 1, "output_len": 1, "prefix_len": 0, "num_warmups": 0, "seed": 0}
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "endpoint": ("completions", "chat"),
+    "dataset": ("random", "sharegpt", "jsonl"),
+    "dtype": (None, "float32", "float16", "bfloat16"),
+    "backend": ("auto", "torch", "triton"),
+}
+_LEAST = {
+    "num_prompts": 1,
+    "input_len": 1,
+    "output_len": 1,
+    "prefix_len": 0,
+    "num_warmups": 0,
+    "num_rounds": 1,
+    "num_iters": 1,
+    "num_iters_warmup": 0,
+    "seed": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +103,9 @@ class BenchOptions:
     """Show what has changed since a saved result, of octavo or vLLM."""
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            self._check(name, ", ".join(allowed), allowed.__contains__)
-        for name, least in _LEAST.items():
-            if getattr(self, name) is not None:
-                self._check(name, f"an integer from {least} to 2**31 - 1", range(least, 2**31).__contains__)
-        self._check("range_ratio", "a number from 0 to 1", lambda value: 0 <= value <= 1)
-        self._check("burstiness", "a number above 0, or inf", lambda value: value > 0)
-        self._check("temperature", "a number from 0 to 2", lambda value: 0 <= value <= 2)
-        self._check("timeout", "seconds above 0", lambda value: 0 < value < math.inf)
-        if (self.dataset == "random") == (self.dataset_path is not None):
-            needs = "takes no" if self.dataset == "random" else "needs a"
-            raise ConfigError(f"--dataset {self.dataset} {needs} --dataset-path")
-        if self.save_result is not None and not self.save_result.parent.is_dir():
-            raise ConfigError(f"--save-result {self.save_result}: there is no folder {self.save_result.parent}")
+        _check_fields(self)
+        _check(self, "burstiness", "a number above 0, or inf", lambda value: value > 0)
+        _check(self, "timeout", "seconds above 0", lambda value: 0 < value < math.inf)
 
     @property
     def loads(self) -> list[Load]:
@@ -129,9 +143,109 @@ class BenchOptions:
             raise ConfigError(f"--api-key-file {self.api_key_file} holds no key")
         return words[0]
 
-    def _check(self, name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
-        if not ok(value := getattr(self, name)):
-            raise ConfigError(f"--{name.replace('_', '-')} is {describe(value)}; allowed: {allowed}")
+
+@dataclass(frozen=True, slots=True)
+class ThroughputOptions:
+    """What to run through an engine at once.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    dataset: Literal["random", "sharegpt", "jsonl"] = "random"
+    """Where prompts come from."""
+    dataset_path: Path | None = None
+    """A ShareGPT file; or JSONL with prompt or messages in each line, and maybe max_tokens."""
+    num_prompts: int = 100
+    """Requests in each round."""
+    input_len: int = 256
+    """random: tokens of a prompt."""
+    output_len: int | None = None
+    """Tokens of every answer; not given: 128, or with sharegpt as many as the recorded answer has."""
+    range_ratio: float = 0.0
+    """random: lengths are drawn evenly from within this part of them, up and down."""
+    prefix_len: int = 0
+    """random: tokens in front that all prompts share."""
+    num_rounds: int = 3
+    """How often to run them all; several tell how much a figure varies by itself."""
+    temperature: float = 0.0
+    """Of sampling; 0 is greedy."""
+    seed: int = 0
+    """Of the prompts."""
+    save_result: Path | None = None
+    """Write all figures there, as JSON in vLLM's names."""
+    compare: Path | None = None
+    """Show what has changed since a saved result."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyOptions:
+    """What batches to run, one at a time.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    batch_size: list[str] | None = None
+    """Sequences that run together; several, as in 1,8,32, take turns. Not given: 8."""
+    input_len: int = 32
+    """Tokens of each prompt."""
+    output_len: int = 128
+    """Tokens of each answer."""
+    num_iters: int = 30
+    """Batches of each size that are timed."""
+    num_iters_warmup: int = 3
+    """Batches of each size before that."""
+    temperature: float = 0.0
+    """Of sampling; 0 is greedy."""
+    seed: int = 0
+    """Of the prompts."""
+    save_result: Path | None = None
+    """Write all figures there, as JSON in vLLM's names; a list, where there are several batch sizes."""
+    compare: Path | None = None
+    """Show what has changed since a saved result."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every batch size."""
+        return _numbers("--batch-size", self.batch_size or ["8"], int, "an integer of at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class OpOptions:
+    """Which ops to time.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    op: list[str] | None = None
+    """An op of octavo.kernels, such as rms_norm; several with commas. Not given: all."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Whose ops to time: the torch reference or the Triton kernels."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the inputs; not given: each case's own."""
+    num_rounds: int = 5
+    """How often the cases take turns; several tell how much a figure varies by itself."""
+    save_result: Path | None = None
+    """Write all figures there, as JSON."""
+    compare: Path | None = None
+    """Show what has changed since a saved result."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+def own_options(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Return a verb's own flags, checked; what else octavo.toml holds for a server is not its business."""
+    names = {each.name for each in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def objectives_from(words: Sequence[str]) -> dict[str, float]:
@@ -167,3 +281,29 @@ def _numbers(flag: str, words: list[str] | None, kind: Callable[[str], Any], all
         if not numbers[-1] > 0:
             raise ConfigError(f"{flag} is {describe(word)}; allowed: {allowed}; several with commas between")
     return numbers
+
+
+def _check(options: Any, name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
+    if not ok(value := getattr(options, name)):
+        raise ConfigError(f"--{name.replace('_', '-')} is {describe(value)}; allowed: {allowed}")
+
+
+def _check_fields(options: Any) -> None:
+    """Check what several verbs have, by its name."""
+    names = [each.name for each in fields(options)]
+    for name in names:
+        if name in _CHOICES:
+            allowed = ", ".join(each for each in _CHOICES[name] if each is not None)
+            _check(options, name, allowed, _CHOICES[name].__contains__)
+        if name in _LEAST and getattr(options, name) is not None:
+            least = _LEAST[name]
+            _check(options, name, f"an integer from {least} to 2**31 - 1", range(least, 2**31).__contains__)
+    if "range_ratio" in names:
+        _check(options, "range_ratio", "a number from 0 to 1", lambda value: 0 <= value <= 1)
+    if "temperature" in names:
+        _check(options, "temperature", "a number from 0 to 2", lambda value: 0 <= value <= 2)
+    if "dataset" in names and (options.dataset == "random") == (options.dataset_path is not None):
+        needs = "takes no" if options.dataset == "random" else "needs a"
+        raise ConfigError(f"--dataset {options.dataset} {needs} --dataset-path")
+    if options.save_result is not None and not options.save_result.parent.is_dir():
+        raise ConfigError(f"--save-result {options.save_result}: there is no folder {options.save_result.parent}")

@@ -8,7 +8,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from ..config import CacheConfig, EngineConfig, SchedulerConfig, setting_names
-from ..errors import RequestError
+from ..errors import ConfigError, RequestError
 from ..sampling_params import RULES, SamplingParams
 from ..strict_json import parse_json
 from .endings import run_to_end
@@ -56,6 +56,19 @@ class Options:
     """What was given of the verb's own fields, and for a server of [server]; not checked."""
     names_model: bool
     """Whether the model was named."""
+
+    def config_of(self, model: str | None) -> EngineConfig:
+        """Return the settings with the model that a verb's argument names, if it does.
+
+        Raises:
+            ConfigError: a flag or the file names one, too.
+        """
+        if model is None:
+            return self.config
+        if self.names_model:
+            named = f"{model!a}, and {self.config.model!a} with --model or --config"
+            raise ConfigError(f"the model is given twice: {named}")
+        return replace(self.config, model=model)
 
 
 def with_flags(verb: Callable[..., int], own: type | None = None, panel: str = "") -> Callable[..., None]:

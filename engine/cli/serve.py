@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -61,14 +60,8 @@ def serve(
         return OK
     if options.sampling:
         raise ConfigError("[sampling] is given; every request says its own, and --generation-config the defaults")
-    settings, template, config = server_settings(options.own), chat_template(options.own), options.config
-    crashes = crash_folder(options.own)
-    if model_name is not None:
-        if options.names_model:
-            raise ConfigError(
-                f"the model is given twice: {model_name!a}, and {config.model!a} with --model or --config"
-            )
-        config = dataclasses.replace(config, model=model_name)
+    settings, template = server_settings(options.own), chat_template(options.own)
+    crashes, config = crash_folder(options.own), options.config_of(model_name)
     # Before the model is loaded: a port that is taken costs no time then.
     with bind(settings) as listener, LogLines(sys.stderr, quiet=options.quiet):
         return asyncio.run(_serve(config, settings, template, crashes, listener, start_s, quiet=options.quiet))

@@ -53,9 +53,16 @@ class LoadRequest:
 
 
 def random_requests(
-    num: int, *, seed: int, input_len: int, output_len: int, range_ratio: float = 0.0, prefix_len: int = 0
+    num: int,
+    *,
+    seed: int,
+    input_len: int,
+    output_len: int,
+    range_ratio: float = 0.0,
+    prefix_len: int = 0,
+    vocab_size: int | None = None,
 ) -> list[LoadRequest]:
-    """Draw prompts of random words.
+    """Draw prompts of random words, or of random token ids.
 
     Args:
         num: requests.
@@ -63,19 +70,19 @@ def random_requests(
         input_len, output_len: words of a prompt and tokens of an answer.
         range_ratio: lengths are even in [(1 - ratio) length, (1 + ratio) length].
         prefix_len: words in front of that, the same for all.
+        vocab_size: draw ids below it instead of words.
     """
     rng = np.random.default_rng(seed)
-    words = np.array(WORDS)
+    words = np.array(WORDS) if vocab_size is None else np.arange(vocab_size)
     prefix = rng.choice(words, prefix_len).tolist()
 
     def lengths(middle: int) -> list[int]:
         low, high = int(middle * (1 - range_ratio)), int(middle * (1 + range_ratio))
         return [int(each) for each in rng.integers(max(low, 1), max(high, 1), num, endpoint=True)]
 
-    return [
-        LoadRequest(" ".join(prefix + rng.choice(words, num_words).tolist()), num_tokens)
-        for num_words, num_tokens in zip(lengths(input_len), lengths(output_len), strict=True)
-    ]
+    sizes = list(zip(lengths(input_len), lengths(output_len), strict=True))
+    drawn = [(prefix + rng.choice(words, num_words).tolist(), num_tokens) for num_words, num_tokens in sizes]
+    return [LoadRequest(" ".join(each) if vocab_size is None else each, num_tokens) for each, num_tokens in drawn]
 
 
 def gamma_arrivals(num: int, rate: float, burstiness: float, seed: int) -> npt.NDArray[np.float64]:
@@ -148,9 +155,7 @@ def sharegpt_pairs(document: Any) -> list[tuple[str, str]]:
             if len(each.get("conversations") or each.get("conversation") or ()) >= 2
         ]
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(
-            'is no ShareGPT file, a JSON list of {"conversations": [{"value": "..."}, ...]}'
-        ) from None
+        raise ValueError('is no ShareGPT file, a JSON list of {"conversations": [{"value": "..."}, ...]}') from None
 
 
 def read_jsonl(file: Path, num: int, *, output_len: int) -> list[LoadRequest]:

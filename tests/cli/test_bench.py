@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from octavo.engine.tools.bench.comparison import _Resampled
 from octavo.engine.tools.load import Load, Measured, arrival_times
-from octavo.engine.tools.serving_comparison import _Resampled, differences
+from octavo.engine.tools.serving_comparison import differences
 from octavo.engine.tools.serving_result import PerRequest, serving_result
 from octavo.engine.tools.stream_client import Answer, ServerError, StreamClient, _Events
 from octavo.engine.tools.workload import WORDS, LoadRequest, random_requests, sharegpt_requests
