@@ -186,5 +186,6 @@ def split_bytes(config: ModelConfig, *, num_seqs: int, kv_tokens: int) -> int:
         num_seqs: sequences of a step.
         kv_tokens: tokens of all of them, at most the pool's.
     """
-    num_splits = 2 * num_seqs + -(-kv_tokens // SPLIT_TOKENS)
-    return num_splits * MAX_DECODE_QUERY_LEN * config.num_q_heads * (config.head_dim + 2) * 4
+    per_split = MAX_DECODE_QUERY_LEN * config.num_q_heads * (config.head_dim + 2) * 4
+    # One more for what is left over at a sequence's end, and one that the plan keeps for it.
+    return 2 * num_seqs * per_split + -(-kv_tokens * per_split // SPLIT_TOKENS)

@@ -16,6 +16,7 @@ from .config import BackendName, DTypeName, EngineConfig, ModelConfig
 from .errors import CapacityError, ConfigError
 from .footprint import (
     DTYPE_BYTES,
+    CacheDTypeName,
     copies_tied_head,
     kv_bytes_per_token,
     num_weights,
@@ -30,6 +31,8 @@ CPU_CACHE_FRACTION = 0.25
 """Part of the memory left on a CPU that the KV pool may take: the machine has other work."""
 CPU_BATCHED_TOKENS = 512
 GPU_BATCHED_TOKENS = 2048
+HIGH_UTILIZATION = 0.97
+"""The most of a GPU's memory that is recommended, where less is not enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,43 +82,59 @@ class ResolvedConfig:
         return (self.num_blocks + 1) * self.block_size * self.kv_bytes_per_token
 
 
-def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> ResolvedConfig:
+def resolve(
+    config: EngineConfig,
+    model: ModelConfig,
+    hardware: Hardware,
+    *,
+    kv_cache_dtype: CacheDTypeName | None = None,
+) -> ResolvedConfig:
     """Turn every "auto" into a value.
 
     Args:
         config: the user's settings.
         model: the model's shape.
         hardware: the machine.
+        kv_cache_dtype: for a plan, what keys and values might be stored as; None: as an engine stores them.
 
     Raises:
         ConfigError: settings contradict each other or the model.
         CapacityError: weights, a step's tensors or the smallest KV pool do not fit; says what would.
     """
     try:
-        return _resolve(config, model, hardware)
+        return _resolve(config, model, hardware, kv_cache_dtype)
     except CapacityError as error:
-        ways = [flags(way) for way in ways_to_fit(config, model, hardware)]
+        ways = [flags(way) for way in ways_to_fit(config, model, hardware, kv_cache_dtype)]
         more = " or ".join(ways) or "a smaller model, or a machine with more memory"
         raise CapacityError(f"{error}; try {more}") from None
 
 
 def flags(settings: Mapping[str, Any]) -> str:
     """Return settings as they are written on a command line."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words.append(f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
+    return " ".join(words)
 
 
-def ways_to_fit(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> list[dict[str, Any]]:
+def ways_to_fit(
+    config: EngineConfig,
+    model: ModelConfig,
+    hardware: Hardware,
+    kv_cache_dtype: CacheDTypeName | None = None,
+) -> list[dict[str, Any]]:
     """Return at most three changes of settings, each of which makes what does not fit fit, the mildest first."""
     ways: list[dict[str, Any]] = []
     for way in _changes(config, model):
         try:
-            resolved = _resolve(_changed(config, way), model, hardware)
+            resolved = _resolve(_changed(config, way), model, hardware, kv_cache_dtype)
         except (CapacityError, ConfigError):
             continue
         found = {name: getattr(resolved, name, value) if value is None else value for name, value in way.items()}
         if "kv_cache_tokens" in found:
             found["kv_cache_tokens"] = resolved.num_blocks * resolved.block_size
-        if not any(set(found) >= set(one) for one in ways):  # nothing beyond what is enough
+        if not any(one.items() <= found.items() for one in ways):  # nothing beyond what is enough
             ways.append(found)
     return ways[:3]
 
@@ -128,6 +147,9 @@ def _changes(config: EngineConfig, model: ModelConfig) -> Iterator[dict[str, Any
             smaller.append({name: None})
     if len(smaller) == 2:
         smaller.append(smaller[0] | smaller[1])
+    if config.cache.gpu_memory_utilization < HIGH_UTILIZATION:
+        more = {"gpu_memory_utilization": HIGH_UTILIZATION}
+        smaller = [more, *smaller, *(more | way for way in smaller)]
     smaller.append({"max_num_batched_tokens": CPU_BATCHED_TOKENS})
     smaller.append({"max_num_batched_tokens": CPU_BATCHED_TOKENS, "max_num_seqs": 16})
     smaller.append({"block_size": 16})
@@ -147,7 +169,9 @@ def _changed(config: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
     )
 
 
-def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> ResolvedConfig:
+def _resolve(
+    config: EngineConfig, model: ModelConfig, hardware: Hardware, kv_cache_dtype: CacheDTypeName | None
+) -> ResolvedConfig:
     choices: list[Choice] = []
     dtype = _dtype(config, model, hardware, choices)
     if config.invariant and dtype != "float32":
@@ -177,6 +201,8 @@ def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Re
     needs = _needs(model, dtype, backend, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
     if (hardware.device, dtype, layout) == ("cpu", "float32", "packed") and copies_tied_head(model):
         needs = replace(needs, weights=needs.weights + model.vocab_size * model.hidden_size * DTYPE_BYTES[dtype])
+    if kv_cache_dtype is not None:
+        needs = replace(needs, kv_token=kv_bytes_per_token(model, kv_cache_dtype))
     num_blocks = _num_blocks(config, hardware, needs, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
         if config.scheduler.max_model_len is not None:

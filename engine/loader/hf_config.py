@@ -15,7 +15,7 @@ from ..config import DTypeName, GenerationConfig, ModelConfig, RopeConfig
 from .fields import MAX_POSITION, Fields
 from .files import child, read_json
 
-__all__ = ["ARCHITECTURES", "parse_generation_config", "parse_model_config", "read_configs"]
+__all__ = ["ARCHITECTURES", "parse_generation_config", "parse_model_config", "read_configs", "read_model_config"]
 
 ARCHITECTURES: Mapping[str, Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]] = {
     "LlamaForCausalLM": "llama",
@@ -97,6 +97,15 @@ def read_configs(folder: Path) -> tuple[ModelConfig, GenerationConfig]:
         eos_token_ids=own.eos_token_ids or defaults.eos_token_ids,
         bos_token_id=defaults.bos_token_id if own.bos_token_id is None else own.bos_token_id,
     )
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read one config.json by itself, under whatever name.
+
+    Raises:
+        CheckpointError: it is damaged or hostile, or asks for something not supported, which is named.
+    """
+    return parse_model_config(Fields(read_json(path, MAX_CONFIG_BYTES), path.name))
 
 
 def parse_model_config(fields: Fields) -> ModelConfig:

@@ -142,8 +142,14 @@ class Roofline:
         linear_bytes = self._linear_bytes + work.num_tokens * self._linear_io
         found = [self._part("projections", work.num_tokens * self._linear_flops, linear_bytes)]
         kinds = [self._part("", flops, num_bytes) for flops, num_bytes in self._attention(work)]
-        flops, num_bytes, seconds = (sum(kind[column] for kind in kinds) for column in (1, 2, 3))
-        found.append(PartTime("attention", flops, num_bytes, seconds))
+        found.append(
+            PartTime(
+                "attention",
+                sum(kind.flops for kind in kinds),
+                sum(kind.num_bytes for kind in kinds),
+                sum(kind.seconds for kind in kinds),
+            )
+        )
         if work.num_sampled:
             head_bytes = self._head_bytes + work.num_sampled * self._head_io
             found.append(self._part("head and sampling", work.num_sampled * self._head_flops, head_bytes))
@@ -152,13 +158,23 @@ class Roofline:
             found.append(PartTime("launches", 0.0, 0.0, self._launches_s))
         return found
 
+    def bound(self, works: Iterable[StepWork]) -> str:
+        """Return what takes most of the time of some steps: "memory" or "arithmetic"."""
+        by_memory = by_flops = 0.0
+        for part in (part for work in works for part in self.parts(work)):
+            if part.flops / self._flops_per_s > part.num_bytes / self._bytes_per_s:
+                by_flops += part.seconds
+            else:
+                by_memory += part.seconds
+        return "arithmetic" if by_flops > by_memory else "memory"
+
     def _attention(self, work: StepWork) -> list[tuple[float, float]]:
         """Return (FLOPs, bytes) of the layers of each window.
 
         Behind a window a sequence reads at most its width and the tokens that run; that is exact for sequences that
         are all longer or all shorter, and too much for a mixture.
         """
-        found = []
+        found: list[tuple[float, float]] = []
         for window, num_layers in self._windows:
             kv_tokens, pairs = work.kv_tokens_read, work.attention_pairs
             if window is not None:

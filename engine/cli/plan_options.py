@@ -1,0 +1,60 @@
+"""This module holds the flags of `octavo plan` besides the engine's settings. It does not know what is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError, describe
+
+__all__ = ["PlanOptions", "numbers"]
+
+KV_CACHE_DTYPES = ("int8", "float8_e4m3")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Where a model would run, and what to predict."""
+
+    gpu: str = "cpu"
+    """A card by name (h100, a100, l40s, 4090, ...; a wrong name lists all), a name with changes (h100,memory=40GiB), or
+    memory=24GiB,bandwidth=1TB/s,flops=160TFLOP/s of any other; cpu is this machine's, measured."""
+    kv_cache_dtype: Literal["int8", "float8_e4m3"] | None = None
+    """What if keys and values were stored so. The kernels read both; the engine stores its own dtype so far."""
+    context: list[str] | None = None
+    """Lengths to predict, as in 2048,32768; not given: five, and the longest there is room for."""
+    batch: list[str] | None = None
+    """Sequences that decode together, to predict; not given: five, and the most that run."""
+    json: Path | None = None
+    """Write everything there as JSON too; - is stdout, and then the only thing there."""
+
+    @classmethod
+    def checked(cls, own: Mapping[str, Any]) -> PlanOptions:
+        """Build from flags.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
+        options = cls(**own)
+        if options.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+            raise ConfigError(
+                f"--kv-cache-dtype is {describe(options.kv_cache_dtype)}; allowed: {', '.join(KV_CACHE_DTYPES)}"
+            )
+        if options.json is not None and not options.json.parent.is_dir():
+            raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
+        return options
+
+
+def numbers(flag: str, words: Sequence[str]) -> list[int]:
+    """Return the numbers of a flag that is given several times, or once with commas.
+
+    Raises:
+        ConfigError: one is no integer above 0.
+    """
+    found = ",".join(words).split(",")
+    for word in found:
+        if not word.strip().isdecimal() or not 0 < int(word) < 2**31:
+            raise ConfigError(f"{flag} is {describe(word)}; allowed: integers above 0, with commas between")
+    return [int(word) for word in found]
