@@ -8,7 +8,9 @@ import typer
 from typer.core import TyperCommand
 
 from .bench import bench_serve
-from .bench_options import BenchOptions
+from .bench_kernels import bench_kernels
+from .bench_offline import bench_latency, bench_throughput
+from .bench_options import BenchOptions, LatencyOptions, OpOptions, ThroughputOptions
 from .chat import chat
 from .flags import with_fields, with_flags
 from .generate import generate
@@ -52,14 +54,12 @@ app.command(cls=GroupedCommand)(with_flags(chat))
 app.command(cls=GroupedCommand)(with_flags(lens))
 app.command(cls=GroupedCommand)(with_flags(serve, ServeOptions, "Server"))
 
-_bench = typer.Typer(help="Measure a running server.", no_args_is_help=True, rich_markup_mode=None)
+_bench = typer.Typer(help="Measure a server, an engine, or single ops.", no_args_is_help=True, rich_markup_mode=None)
 _bench.command("serve", cls=GroupedCommand)(with_fields(bench_serve, BenchOptions))
+_bench.command("throughput", cls=GroupedCommand)(with_flags(bench_throughput, ThroughputOptions, "Workload"))
+_bench.command("latency", cls=GroupedCommand)(with_flags(bench_latency, LatencyOptions, "Workload"))
+_bench.command("kernels", cls=GroupedCommand)(with_fields(bench_kernels, OpOptions))
 app.add_typer(_bench, name="bench")
-
-
-@_bench.callback()
-def _bench_root() -> None:
-    """Keep `serve` a verb below `bench`, even where there is only one."""
 
 
 @app.callback()
