@@ -15,6 +15,7 @@ import typer
 
 from ..config import EngineConfig
 from ..errors import ConfigError, RequestError
+from ..sampling_params import SamplingParams
 from .answers import beyond_text
 from .endings import FAILED, OK
 from .flags import Options
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["lens"]
 
-DEFAULT_MAX_TOKENS = 16
 PANEL = "Lens"
 
 
@@ -83,7 +83,8 @@ def lens(
 ) -> int:
     """Show what a model would say at each token if it stopped after each layer.
 
-    The output is generated greedily, unless sampling parameters say otherwise.
+    The output is generated greedily, whatever the model's own sampling defaults, unless sampling parameters say
+    otherwise.
     """
     config, prompt = _config_and_prompt(words or [], options)
     chosen = _layers(layers)
@@ -93,7 +94,7 @@ def lens(
     llm = start_llm(config, quiet=options.quiet)
     from ..tools.lens import lens_page, lens_record, look
 
-    params = llm.params({"temperature": 0.0, "max_tokens": DEFAULT_MAX_TOKENS, **options.sampling})
+    params = SamplingParams.from_mapping({"temperature": 0.0, **options.sampling})
     with _Bar(quiet=options.quiet) as bar:
         found = look(
             llm,
@@ -119,14 +120,15 @@ def lens(
 
 def _config_and_prompt(words: list[str], options: Options) -> tuple[EngineConfig, str]:
     """Return the settings and the prompt from MODEL PROMPT, or from PROMPT where --model names the model."""
+    config = replace(options.config, generation_config="none")
     if len(words) == 1 and options.names_model:
-        return options.config, words[0]
+        return config, words[0]
     if len(words) != 2 or options.names_model:
         named = " besides the model that is named already" if options.names_model else ""
         raise ConfigError(
             f"{len(words)} words given{named}; allowed: a model and a prompt: octavo lens smollm2-135m 'The sky is'"
         )
-    return replace(options.config, model=words[0]), words[1]
+    return replace(config, model=words[0]), words[1]
 
 
 def _layers(text: str) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""This module holds a lens as a table for a terminal: layers down, the last positions across. It does not know tensors."""
+"""This module holds a lens as a table for a terminal: layers down, last positions across. It does not know tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["table_lines"]
 
 MIN_WIDTH, MAX_WIDTH = 6, 14
 """Of a token, in columns of the terminal."""
-PERCENT_WIDTH = 4
+PERCENT_WIDTH = 5
 
 
 def table_lines(record: Mapping[str, Any], width: int) -> tuple[list[str], int]:
@@ -25,13 +25,8 @@ def table_lines(record: Mapping[str, Any], width: int) -> tuple[list[str], int]:
     ]
     head = [_text(record, record["token_ids"][position]) for position in positions]
     foot = [_text(record, token_id) for token_id in answers]
-    widths = [
-        min(
-            max(MIN_WIDTH, *(_width(text) for text in (head[column], foot[column], *(row[column] for row in texts)))),
-            MAX_WIDTH,
-        )
-        for column in range(len(positions))
-    ]
+    columns = zip(head, foot, *texts, strict=True)
+    widths = [min(max(MIN_WIDTH, *map(_width, column)), MAX_WIDTH) for column in columns]
     first, left = len(positions), width - len("answer")
     while first > 0 and left >= widths[first - 1] + PERCENT_WIDTH + 3:
         first -= 1

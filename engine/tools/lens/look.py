@@ -25,7 +25,8 @@ __all__ = ["DEFAULT_LAST", "DEFAULT_TOP", "Lens", "PathView", "look"]
 
 DEFAULT_TOP, MAX_TOP = 5, 50
 DEFAULT_LAST = 64
-GREEDY = SamplingParams(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+"""Whatever sampling defaults the model came with."""
 Progress = Callable[[str, int, int], None]
 
 

@@ -19,8 +19,8 @@ __all__ = ["lens_page"]
 _FOLDER = Path(__file__).parent
 _GUIDE = (
     "Each column is a token that the model reads, each row the hidden state that a layer leaves there; 0 is the "
-    "embedding. A cell holds the token that the model would say if it stopped there: the hidden state through the final "
-    "norm and the head. Early layers are not trained to be read this way, so what they say is a hint, not a thought.",
+    "embedding. A cell holds the token that the model would say if it stopped there: the hidden state through the "
+    "final norm and the head. Early layers are not trained to be read this way: what they say is a hint, not a thought.",
     "The answer of a column is the token that was generated there. Inside the prompt, which goes on by itself, it is "
     "what the last layer says. Cells that say the answer already are bold.",
     "KL is the Kullback-Leibler divergence of a cell's distribution from the last layer's, in nats: what is lost by "
@@ -89,12 +89,12 @@ def _answers(record: Mapping[str, Any]) -> Html:
     """Return a row for each token of the output: how sure the model was, and from which layer on it would say it."""
     first, num_prompt = record["positions"][0], record["num_prompt_tokens"]
     last_row = record["paths"][0]["readings"]["answer_probability"][-1]
-    label = lambda token_id: record["tokens"][str(token_id)]  # noqa: E731
+    labels = [record["tokens"][str(token_id)] for token_id in record["token_ids"]]
     rows: Sequence[Sequence[Any]] = [
         (
             position + 1,
-            label(record["token_ids"][position]),
-            Cell(label(record["token_ids"][position + 1]), "good"),
+            labels[position],
+            Cell(labels[position + 1], "good"),
             "not finite" if last_row[position - first] is None else f"{last_row[position - first]:.1%}",
             "never" if (settled := record["settled"][position - first]) is None else settled,
         )
