@@ -15,8 +15,14 @@ from .chat import chat
 from .flags import with_fields, with_flags
 from .generate import generate
 from .lens import lens
+from .plan import plan
+from .plan_options import PlanOptions
+from .profile import profile_kernels, profile_step
+from .profile_options import KernelOptions, StepOptions
 from .serve import serve
 from .serve_options import ServeOptions
+from .simulate import simulate
+from .simulate_options import SimulateOptions
 
 __all__ = ["app"]
 
@@ -53,6 +59,8 @@ app.command(cls=GroupedCommand)(with_flags(generate))
 app.command(cls=GroupedCommand)(with_flags(chat))
 app.command(cls=GroupedCommand)(with_flags(lens))
 app.command(cls=GroupedCommand)(with_flags(serve, ServeOptions, "Server"))
+app.command(cls=GroupedCommand)(with_flags(plan, PlanOptions, "Plan"))
+app.command(cls=GroupedCommand)(with_flags(simulate, SimulateOptions, "Simulation"))
 
 _bench = typer.Typer(help="Measure a server, an engine, or single ops.", no_args_is_help=True, rich_markup_mode=None)
 _bench.command("serve", cls=GroupedCommand)(with_fields(bench_serve, BenchOptions))
@@ -60,6 +68,11 @@ _bench.command("throughput", cls=GroupedCommand)(with_flags(bench_throughput, Th
 _bench.command("latency", cls=GroupedCommand)(with_flags(bench_latency, LatencyOptions, "Workload"))
 _bench.command("kernels", cls=GroupedCommand)(with_fields(bench_kernels, OpOptions))
 app.add_typer(_bench, name="bench")
+
+_profile = typer.Typer(help="Show where time goes.", no_args_is_help=True, rich_markup_mode=None)
+_profile.command("kernels", cls=GroupedCommand)(with_fields(profile_kernels, KernelOptions))
+_profile.command("step", cls=GroupedCommand)(with_flags(profile_step, StepOptions, "What to run"))
+app.add_typer(_profile, name="profile")
 
 
 @app.callback()

@@ -9,7 +9,7 @@ from octavo.kernels.aot.calls import Settings
 from octavo.kernels.aot.targets import Model
 from octavo.kernels.aot.warm import warm_up
 
-from ..config import ModelConfig
+from ..config import DTypeName, ModelConfig
 from ..errors import ConfigError
 from ..resolve import ResolvedConfig
 
@@ -37,7 +37,7 @@ def warm_kernels(
     """
     try:
         warmed = warm_up(
-            kernel_models(config, resolved, num_valid_ids),
+            kernel_models(config, resolved.dtype, num_valid_ids),
             kernel_settings(resolved),
             device=torch.device(resolved.device),
             on_progress=on_progress,
@@ -59,7 +59,7 @@ def kernel_settings(resolved: ResolvedConfig) -> Settings:
     )
 
 
-def kernel_models(config: ModelConfig, resolved: ResolvedConfig, num_valid_ids: int | None) -> list[Model]:
+def kernel_models(config: ModelConfig, dtype: DTypeName, num_valid_ids: int | None) -> list[Model]:
     """Return the sizes that kernels are compiled for: one model for layers with a window, one for those without.
 
     Which window it is makes no difference.
@@ -74,7 +74,7 @@ def kernel_models(config: ModelConfig, resolved: ResolvedConfig, num_valid_ids: 
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
-            dtype=resolved.dtype,
+            dtype=dtype,
             norm="rms_norm" if config.norm == "rms" else "layer_norm",
             activation=config.activation,
             gated=config.gated_mlp,

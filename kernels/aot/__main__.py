@@ -16,7 +16,7 @@ from ..dispatch import interpreted
 from .budget import BUDGET, broken, updated
 from .calls import Settings, missing_ops
 from .compile import default_cache
-from .keys import Variant, list_variants
+from .keys import Variant, list_variants, report_settings
 from .report import Row, make_page, make_rows, make_table, write_json
 from .targets import BUDGETED, GPUS, MODELS, find_model
 
@@ -54,11 +54,8 @@ def choose(model: str, targets: str, block_sizes: str, kernel: str, **flags: obj
         refuse(f"block_size is {block_sizes!r}; allowed: integers, several with commas")
     try:
         sizes = find_model(model)
-        settings = [Settings(block_size=int(size), **flags) for size in block_sizes.split(",")]  # type: ignore[arg-type]
-        if not flags:  # a report is of every kernel: those of invariant plans and of quantised caches, too
-            size = settings[0].block_size
-            settings.append(Settings(block_size=size, invariant=True))
-            settings += [Settings(block_size=size, cache="int8"), Settings(block_size=size, cache="e4m3")]
+        numbers = [int(size) for size in block_sizes.split(",")]
+        settings = [Settings(block_size=size, **flags) for size in numbers] if flags else report_settings(numbers)  # type: ignore[arg-type]
         found = [variant for target in targets.split(",") for variant in list_variants(sizes, settings, GPUS[target])]
     except ValueError as error:  # a kernel's refusal of what it cannot do is one, too
         refuse(str(error))

@@ -12,7 +12,7 @@ from .calls import Settings, engine_calls
 from .driver import Launch, recording
 from .targets import Gpu, Model
 
-__all__ = ["Variant", "list_variants"]
+__all__ = ["Variant", "list_variants", "report_settings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,13 @@ class Variant:
     def __str__(self) -> str:
         launch = self.launch
         return f"{launch.target} {launch.kernel}({describe_variant(launch.specialization)})"
+
+
+def report_settings(block_sizes: Sequence[int]) -> list[Settings]:
+    """Return the settings of a report, which is of every kernel: those of invariant plans and quantised caches, too."""
+    special = [{"invariant": True}, {"cache": "int8"}, {"cache": "e4m3"}]
+    settings = [Settings(block_size=size) for size in block_sizes]
+    return settings + [Settings(block_size=block_sizes[0], **each) for each in special]  # type: ignore[arg-type]
 
 
 def list_variants(model: Model, settings: Sequence[Settings], gpu: Gpu) -> list[Variant]:

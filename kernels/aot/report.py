@@ -16,9 +16,14 @@ from .compile import compile_all
 from .keys import Variant
 from .work import work
 
-__all__ = ["Row", "make_page", "make_rows", "make_table", "write_json"]
+__all__ = ["Row", "compiler_version", "make_page", "make_rows", "make_table", "write_json"]
 
 Row = dict[str, Any]
+
+
+def compiler_version() -> str:
+    """Return the version of Triton that compiles here."""
+    return str(triton.__version__)
 
 
 def make_rows(

@@ -105,7 +105,7 @@ def test_kernels_are_compiled_for_the_model_and_the_limits() -> None:
         "block_size": 16, "cache": "auto", "invariant": False, "max_num_batched_tokens": 100, "max_num_seqs": 7,
         "max_model_len": 200, "num_blocks": 21,
     }  # fmt: skip
-    (model,) = kernel_models(MODEL, limits, num_valid_ids=290)
+    (model,) = kernel_models(MODEL, limits.dtype, num_valid_ids=290)
     assert dataclasses.asdict(model) == {
         "num_q_heads": 6, "num_kv_heads": 2, "head_dim": 16, "hidden_size": 64, "intermediate_size": 96,
         "vocab_size": 300, "dtype": "float16", "norm": "rms_norm", "activation": "silu", "gated": True, "rotary": True,
@@ -122,7 +122,7 @@ def test_layers_with_and_without_a_window_need_kernels_of_their_own(
 ) -> None:
     from octavo.engine.runner.warmup import kernel_models
 
-    models = kernel_models(dataclasses.replace(MODEL, windows=windows), resolved(), None)
+    models = kernel_models(dataclasses.replace(MODEL, windows=windows), resolved().dtype, None)
     assert {model.window for model in models} == expected
     assert len(models) == len(expected)
 

@@ -10,7 +10,7 @@ phone; they need no script and follow the reader's choice of light or dark.
 """
 
 from .charts import Ceiling, Point, Series, line_chart, roofline, scatter
-from .markup import Cell, Html, bars, details, facts, note, table
+from .markup import Cell, Html, bars, details, facts, legend, note, strip, table, tag
 from .numbers import duration, number, quantity
 from .page import Page
 
@@ -25,11 +25,14 @@ __all__ = [
     "details",
     "duration",
     "facts",
+    "legend",
     "line_chart",
     "note",
     "number",
     "quantity",
     "roofline",
     "scatter",
+    "strip",
     "table",
+    "tag",
 ]

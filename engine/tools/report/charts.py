@@ -209,7 +209,7 @@ def _roof(frame: Frame, ceiling: Ceiling, index: int) -> str:
     name = escape(ceiling.name)
     return (
         f'<polyline class="roof" points="{_pixels(frame, corners)}"/>'
-        f'<text class="note" x="{right}" y="{up - 6 if index == 0 else up + 15}" text-anchor="end">{name}</text>'
+        f'<text class="note" x="{right}" y="{up - 11 if index == 0 else up + 18}" text-anchor="end">{name}</text>'
     )
 
 

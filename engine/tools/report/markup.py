@@ -9,7 +9,21 @@ from typing import Literal
 
 from .numbers import number
 
-__all__ = ["SORTABLE", "Cell", "Html", "Value", "bars", "details", "facts", "legend", "note", "table", "tag", "to_html"]
+__all__ = [
+    "SORTABLE",
+    "Cell",
+    "Html",
+    "Value",
+    "bars",
+    "details",
+    "facts",
+    "legend",
+    "note",
+    "strip",
+    "table",
+    "tag",
+    "to_html",
+]
 
 NUM_COLOURS = 8
 """Classes c0 to c7 of the style sheet."""
@@ -93,10 +107,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Value | Cell]], *, sor
     """
     cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in rows]
     assert all(len(row) == len(columns) for row in cells), "a cell for each column"
-    right = [
-        {type(row[i].value) for row in cells} - {type(None)} in ({int}, {float}, {int, float})
-        for i in range(len(columns))
-    ]
+    right = [_is_right([row[i] for row in cells]) for i in range(len(columns))]
     kinds = f'class="{"cards" if len(columns) > CARD_COLUMNS else ""}"{SORTABLE if sortable else ""}'
     names = [f"<button>{escape(name)}</button>" if sortable else escape(name) for name in columns]
     head = "".join(
@@ -109,9 +120,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Value | Cell]], *, sor
     return Html(f'<div class="scroll"><table {kinds}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
+def _is_right(column: Sequence[Cell]) -> bool:
+    """Return whether a column is one of numbers, without bars."""
+    kinds = {type(_key(cell)) for cell in column if _key(cell) is not None}
+    return bool(kinds) and kinds <= {int, float} and all(cell.share is None for cell in column)
+
+
+def _key(cell: Cell) -> Value:
+    return cell.value if cell.sort is None else cell.sort
+
+
 def _cell(cell: Cell, column: str, is_right: bool) -> str:
     kind = " ".join(filter(None, (cell.kind, "n" if is_right else "")))
-    key = cell.value if cell.sort is None else cell.sort
+    key = _key(cell)
     text = to_html(cell.value) + (tag("small", cell.small) if cell.small else "")
     if cell.share is not None:
         text += f'<b class="share"><i style="width:{100 * min(max(cell.share, 0.0), 1.0):.1f}%"></i></b>'
@@ -125,6 +146,7 @@ def bars(
     parts: Sequence[str] = (),
     show: Callable[[float], str] = number,
     longest: float | None = None,
+    fill: bool = False,
 ) -> Html:
     """Return a bar for each row, all on one scale from zero.
 
@@ -133,16 +155,30 @@ def bars(
         parts: names of those.
         show: writes a value.
         longest: what fills the width; None: the largest row.
+        fill: every row fills it, to compare what rows are made of.
     """
     stacks = {name: [value] if isinstance(value, int | float) else list(value) for name, value in rows.items()}
     whole = max([sum(stack) for stack in stacks.values()], default=0.0) if longest is None else longest
     lines = []
     for name, stack in stacks.items():
-        pieces = "".join(
-            f'<i class="c{i % NUM_COLOURS}" style="width:{100 * value / (whole or 1):.2f}%"'
-            f' title="{escape(f"{parts[i]}: {show(value)}" if parts else show(value))}"></i>'
-            for i, value in enumerate(stack)
-            if value
-        )
-        lines.append(f'{tag("span", name)}{tag("span", show(sum(stack)), "n")}<b class="bar">{pieces}</b>')
+        lines += [tag("span", name), tag("span", show(sum(stack)), "n")]
+        lines.append(strip(stack, parts, show=show, whole=None if fill else whole))
     return Html(f'<div class="bars">{"".join(lines)}</div>{legend(parts)}')
+
+
+def strip(
+    stack: Sequence[float],
+    parts: Sequence[str] = (),
+    *,
+    show: Callable[[float], str] = number,
+    whole: float | None = None,
+) -> Html:
+    """Return values as one bar, end to end in `legend`'s colours; `whole` fills the width, by default their sum."""
+    scale = 100 / ((sum(stack) if whole is None else whole) or 1)
+    pieces = "".join(
+        f'<i class="c{i % NUM_COLOURS}" style="width:{scale * value:.2f}%"'
+        f' title="{escape(f"{parts[i]}: {show(value)}" if parts else show(value))}"></i>'
+        for i, value in enumerate(stack)
+        if value
+    )
+    return Html(f'<b class="bar">{pieces}</b>')
