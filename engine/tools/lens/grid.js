@@ -147,3 +147,4 @@ draw();
 choose(...chosen, false);
 const scroll = grid.parentElement, column = cells[0][firstOutput];
 scroll.scrollLeft = column.offsetLeft + column.offsetWidth - scroll.clientWidth / 2;
+scroll.scrollTop = scroll.scrollHeight;

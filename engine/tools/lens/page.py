@@ -20,7 +20,7 @@ _FOLDER = Path(__file__).parent
 _GUIDE = (
     "Each column is a token that the model reads, each row the hidden state that a layer leaves there; 0 is the "
     "embedding. A cell holds the token that the model would say if it stopped there: the hidden state through the "
-    "final norm and the head. Early layers are not trained to be read this way: what they say is a hint, not a thought.",
+    "final norm and the head. Early layers are not trained to be read so: what they say is a hint, not a thought.",
     "The answer of a column is the token that was generated there. Inside the prompt, which goes on by itself, it is "
     "what the last layer says. Cells that say the answer already are bold.",
     "KL is the Kullback-Leibler divergence of a cell's distribution from the last layer's, in nats: what is lost by "
