@@ -100,19 +100,14 @@ def figures(outcome: Outcome, num_blocks: int, goodput: Mapping[str, float] | No
 
 def simulation_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the table of one result."""
-    lines = [line.replace("Benchmark duration (s): ", "Simulated time (s):     ") for line in table_lines(result)[1:-1]]
-    more = [
-        *(
-            "Engine".center(TABLE_WIDTH, "-"),
-            *(f"{label:<40} {form.format(result[key])}" for label, key, form in _MORE),
-        ),
-        *("Time in the Queue".center(TABLE_WIDTH, "-"),),
-        *(
-            table_row(f"{name.capitalize()} queue (ms):", result[f"{name}_queue_ms"])
-            for name in ("mean", "median", "p99")
-        ),
-    ]
-    return [" Simulation, not a measurement ".center(TABLE_WIDTH, "="), *lines, *more, "=" * TABLE_WIDTH]
+    lines = [" Simulation, not a measurement ".center(TABLE_WIDTH, "="), *table_lines(result)[1:-1]]
+    if result["mean_queue_ms"] is not None:
+        lines.append(TIMES["queue"][1].center(TABLE_WIDTH, "-"))
+        for statistic in ("mean", "median", "p99"):
+            lines.append(table_row(f"{statistic.capitalize()} queue (ms):", result[f"{statistic}_queue_ms"]))
+    lines.append("Engine".center(TABLE_WIDTH, "-"))
+    lines += [f"{label:<40} {form.format(result[key])}" for label, key, form in _MORE]
+    return [*lines, "=" * TABLE_WIDTH]
 
 
 def _peak(begins: FloatArray, ends: FloatArray) -> int:

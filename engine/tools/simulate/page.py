@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..report import Html, Page, Series, duration, facts, line_chart, note, number, table
+from ..report import Html, Page, duration, facts, line_chart, note, number, table
 from .figures import TIMES
 from .sweep import Simulated
 
@@ -25,22 +25,16 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "prefix hits": ("prefix_hit_rate", "{:.0%}"),
 }
 CHARTS = (
-    ("Output tokens per second", "tokens/s", ("output_throughput",)),
-    ("Requests per second", "requests/s", ("request_throughput", "request_goodput")),
-    ("Time to first token", "ms", ("median_ttft_ms", "p99_ttft_ms")),
-    ("Time per output token", "ms", ("median_tpot_ms", "p99_tpot_ms")),
-    ("Preemptions", "", ("num_preemptions",)),
+    ("Output tokens per second", "tokens/s", "output_throughput"),
+    ("Requests per second within the objective", "requests/s", "request_goodput"),
+    ("Time to first token, median", "ms", "median_ttft_ms"),
+    ("Time to first token, 99th percentile", "ms", "p99_ttft_ms"),
+    ("Time per output token, median", "ms", "median_tpot_ms"),
+    ("Time between tokens, 99th percentile", "ms", "p99_itl_ms"),
+    ("Preemptions", "", "num_preemptions"),
 )
-"""Title, unit, figures; one that is 0 or unknown everywhere is left out."""
-NAMES = {
-    "request_throughput": "all",
-    "request_goodput": "within the objective",
-    "median_ttft_ms": "median",
-    "p99_ttft_ms": "99th percentile",
-    "median_tpot_ms": "median",
-    "p99_tpot_ms": "99th percentile",
-}
-MAX_RUNS = 8
+"""Title, unit, figure; one that is 0 or unknown everywhere is left out."""
+MAX_RUNS = 6
 """Whose time courses are drawn."""
 
 
@@ -88,16 +82,24 @@ def simulation_page(about: Mapping[str, Any], runs: Sequence[Simulated], notes: 
 
 
 def _table(runs: Sequence[Simulated]) -> Html:
-    used = {title: key for title, (key, _) in COLUMNS.items() if any(run.result[key] is not None for run in runs)}
+    used = {title: each for title, each in COLUMNS.items() if any(run.result[each[0]] is not None for run in runs)}
+    percent = [form.endswith("%}") for _, form in used.values()]
+    titles = [f"{title} %" if is_part else title for title, is_part in zip(used, percent, strict=True)]
     rows = [
-        [*(_text(each) for each in run.point.values()), *(_rounded(run.result[key]) for key in used.values())]
+        [
+            *([point_name(run.point)] if run.point else []),
+            *(
+                _rounded(run.result[key], 100.0 if is_part else 1.0)
+                for (key, _), is_part in zip(used.values(), percent, strict=True)
+            ),
+        ]
         for run in runs
     ]
-    return table([*runs[0].point, *used], rows, sortable=len(runs) > 1)
+    return table([*(["settings"] if runs[0].point else []), *titles], rows, sortable=len(runs) > 1)
 
 
-def _rounded(value: float | None) -> float | int | None:
-    return value if value is None or isinstance(value, int) else float(f"{value:.4g}")
+def _rounded(value: float | None, scale: float = 1.0) -> float | int | None:
+    return value if value is None or isinstance(value, int) else float(f"{scale * value:.4g}")
 
 
 def _times_table(run: Simulated) -> Html:
@@ -118,16 +120,13 @@ def _sweep_charts(runs: Sequence[Simulated]) -> list[Html]:
     plain = all(isinstance(value, int | float) and not isinstance(value, bool) and value < 1e12 for value in values)
     log = plain and min(values) > 0 and max(values) > 8 * min(values)
     charts = []
-    for title, unit, figures in CHARTS:
+    for title, unit, figure in CHARTS:
         lines: dict[str, list[tuple[float, float]]] = {}
         for run in runs:
             others = point_name({name: value for name, value in run.point.items() if name != across})
-            for figure in figures:
-                if run.result[figure]:
-                    x = run.point[across] if plain else values.index(run.point[across])
-                    name = ", ".join(filter(None, (others, NAMES.get(figure, ""))))
-                    lines.setdefault(name, []).append((x, run.result[figure]))
-        if lines:
+            x = run.point[across] if plain else values.index(run.point[across])
+            lines.setdefault(others, []).append((x, run.result[figure] or 0))
+        if any(y for points in lines.values() for _, y in points):
             charts.append(
                 line_chart(
                     {name: sorted(points) for name, points in lines.items()},
@@ -162,20 +161,30 @@ def _course(run: Simulated, name: str, scale: float) -> list[tuple[float, float]
 
 
 def _distributions(runs: Sequence[Simulated]) -> list[Html]:
-    """Return how many requests, or tokens, had to wait at most so long."""
-    charts = []
-    for name, (_, title) in TIMES.items():
-        lines = [
-            Series(
-                point_name(run.point), [(ms, percent) for percent, ms in enumerate(run.result["quantiles_ms"][name])]
-            )
-            for run in runs
-            if name in run.result["quantiles_ms"]
+    """Return what part of requests, or tokens, took at most so long: of one run two times to a chart."""
+    if len(runs) == 1:
+        groups = [("Requests", ("ttft", "e2el")), ("Tokens", ("tpot", "itl"))]
+        charts = [(title, {TIMES[name][1]: _quantiles(runs[0], name) for name in names}) for title, names in groups]
+    else:
+        charts = [
+            (TIMES[name][1], {point_name(run.point): _quantiles(run, name) for run in runs})
+            for name in ("ttft", "itl", "e2el")
         ]
-        log = all(x > 0 for line in lines for x, _ in line.points)
-        if lines and any(x for line in lines for x, _ in line.points):
-            charts.append(line_chart(lines, title=title, x_label="ms", y_label="% at most", log_x=log))
-    return charts
+    return [
+        line_chart(
+            {name: points for name, points in lines.items() if points},
+            title=title,
+            x_label="ms",
+            y_label="% at most",
+            log_x=all(x > 0 for points in lines.values() for x, _ in points),
+        )
+        for title, lines in charts
+        if any(lines.values())
+    ]
+
+
+def _quantiles(run: Simulated, name: str) -> list[tuple[float, float]]:
+    return [(ms, percent) for percent, ms in enumerate(run.result["quantiles_ms"].get(name, ()))]
 
 
 def about_run(result: Mapping[str, Any]) -> dict[str, str]:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import RequestError
+from ...events import Recorder
 from ...request import Request
 from ...sampling_params import SamplingParams
 from ...scheduler import Scheduler, SchedulerLimits
@@ -102,15 +103,24 @@ class Simulation:
         workload: what arrives and when.
         limits: of the scheduler; what the workload may not exceed is refused request by request.
         cost: says how long steps take.
+        recorder: takes the scheduler's events; every step is then run by the scheduler.
         run_ahead: use the short cut described above; for tests.
     """
 
-    def __init__(self, workload: Workload, limits: SchedulerLimits, cost: CostModel, *, run_ahead: bool = True) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        limits: SchedulerLimits,
+        cost: CostModel,
+        *,
+        recorder: Recorder | None = None,
+        run_ahead: bool = True,
+    ) -> None:
         num = len(workload)
-        self.scheduler = Scheduler(limits, lambda: self._now_s)
+        self.scheduler = Scheduler(limits, lambda: self._now_s, recorder)
         self.num_finished = 0
         self._workload, self._cost = workload, cost
-        self._may_run_ahead = run_ahead and limits.faults.preempt_every == 0
+        self._may_run_ahead = run_ahead and recorder is None and limits.faults.preempt_every == 0
         self._arrivals = [*workload.arrival_s.tolist(), math.inf]
         self._num_arrived = 0
         self._now_s = self._busy_s = 0.0
