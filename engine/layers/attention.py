@@ -70,8 +70,8 @@ class Attention:
         k_norm: torch.Tensor | None = None,
         eps: float = 1e-6,
     ) -> None:
-        self._qkv = qkv
-        self._o = o
+        self.qkv = qkv
+        self.o = o
         self._num_q_heads = num_q_heads
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
@@ -114,7 +114,7 @@ class Attention:
         Returns:
             [T, H].
         """
-        heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
+        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)
         q, k, v = heads.split((self._num_q_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
         write_kv(
             q,
@@ -159,4 +159,4 @@ class Attention:
                 worklist=part.plan,
                 out=out[split:],
             )
-        return self._o(out.view(x.shape[0], -1))
+        return self.o(out.view(x.shape[0], -1))

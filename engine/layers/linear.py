@@ -11,6 +11,7 @@ Measured on two AVX-512 cores, all projections of SmolLM2-135M together, in ms b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -50,11 +51,17 @@ class Linear:
         self.bias: torch.Tensor | None = None
         """[out]; a checkpoint may hold it anywhere, so it is given when it comes."""
         self._invariant = invariant
+        self.tap: Callable[[torch.Tensor, torch.Tensor], object] | None = None
+        """Called with every input and output, for tools that look on; None: nobody does."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Project [T, in] to [T, out]."""
-        if not self._invariant:
-            return self._product(x)
+        y = self._tiles(x) if self._invariant else self._product(x)
+        if self.tap is not None:
+            self.tap(x, y)
+        return y
+
+    def _tiles(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -num_rows % INVARIANT_ROWS))
         tiles = [self._product(tile) for tile in padded.split(INVARIANT_ROWS)]

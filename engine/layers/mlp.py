@@ -22,11 +22,11 @@ class MLP:
     """
 
     def __init__(self, up: Linear, down: Linear, kind: Literal["silu", "gelu", "gelu_tanh"], *, gated: bool) -> None:
-        self._up = up
-        self._down = down
+        self.up = up
+        self.down = down
         self._kind = kind
         self._activation = gated_activation if gated else ungated_activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map [T, H] to [T, H]."""
-        return self._down(self._activation(self._up(x), self._kind))
+        return self.down(self._activation(self.up(x), self._kind))

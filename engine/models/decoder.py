@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -136,6 +136,19 @@ class Decoder:
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits [n, vocab_size] of normalised hidden states [n, H]."""
         return self._head(hidden_states)
+
+    def modules(self) -> Iterator[tuple[str, Linear | Norm]]:
+        """Yield every projection and norm under its parameter's name, in the order of the forward pass."""
+        for index, layer in enumerate(self._layers):
+            prefix = f"layers.{index}"
+            yield f"{prefix}.attention_norm", layer.attention_norm
+            yield f"{prefix}.qkv", layer.attention.qkv
+            yield f"{prefix}.o", layer.attention.o
+            yield f"{prefix}.mlp_norm", layer.mlp_norm
+            yield f"{prefix}.{'gate_up' if self.config.gated_mlp else 'up'}", layer.mlp.up
+            yield f"{prefix}.down", layer.mlp.down
+        yield "final_norm", self._final_norm
+        yield "lm_head", self._head
 
     def _allocate(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if self._layout == "plain" or not _PROJECTION.search(name):

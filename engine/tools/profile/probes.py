@@ -104,7 +104,7 @@ def _linears(runner: model_runner.ModelRunner) -> dict[int, str]:
     found = {id(runner.model._head): "head"}
     for layer in runner.model._layers:
         attention, mlp = layer.attention, layer.mlp
-        found |= {id(attention._qkv): "qkv", id(attention._o): "o", id(mlp._up): "up", id(mlp._down): "down"}
+        found |= {id(attention.qkv): "qkv", id(attention.o): "o", id(mlp.up): "up", id(mlp.down): "down"}
     return found
 
 
