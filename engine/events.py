@@ -106,7 +106,8 @@ class RequestEvent(NamedTuple):
     kin: tuple[int, ...] = ()
     """WAITS, ADMITTED: which of the full blocks of its tokens somebody else had before, as (serial, first, end) after
     one another: blocks [first, end) are those of the sequence `serial`, which was the first to have them. As much of it
-    as was not told before. It says who shares a prefix, and nothing about what is in it."""
+    as was not told before. It says who shares a prefix, and nothing about what is in it. In a recording that
+    was made small all of it is with ARRIVED."""
 
 
 class StepEvent(NamedTuple):

@@ -124,11 +124,11 @@ class Emitter:
     def begin(self) -> None:
         """Note that scheduling begins."""
         self._start_s = self._clock()
-        self._num_resets_before, self._num_resets = self._num_resets, 0
 
     def handed_out(self) -> None:
         """Note that the runner gets the step."""
         self._moment = Moment.FLIGHT
+        self._num_resets_before, self._num_resets = self._num_resets, 0
         self._execute_s = self._clock()
 
     def landed(self) -> None:
