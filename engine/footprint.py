@@ -172,7 +172,7 @@ def step_memory(config: ModelConfig, dtype: DTypeName, *, num_tokens: int, num_s
     return StepMemory(
         attention=num_tokens * (3 * 8 + 3 * state + (config.qkv_size + heads) * element),
         mlp=num_tokens * (3 * 8 + 2 * state + (inner + max(up, hidden)) * element),
-        head=num_tokens * (3 * 8 + state) + max(sampled, min(num_tokens, LOGITS_CHUNK_TOKENS) * (state + logits)),
+        head=num_tokens * (3 * 8 + state) + max(sampled, min(num_tokens, LOGITS_CHUNK_TOKENS) * logits),
     )
 
 
