@@ -150,7 +150,9 @@ def _queue(queue: HeadWaits, known: list[Life], clock: _Clock) -> Iterator[Json]
     for life in known:
         for pause in life.waits:
             number += 1
-            common = {"pid": QUEUE, "tid": WAITS, "cat": "queue", "id": number, "name": life.request_id}
+            # A plain "id" is one of the whole trace, and Perfetto then draws the waits outside the process they name.
+            own_id = {"local": hex(number)}
+            common = {"pid": QUEUE, "tid": WAITS, "cat": "queue", "id2": own_id, "name": life.request_id}
             end_s = clock.end_s if pause.end_s is None else pause.end_s
             yield common | {"ph": "b", "ts": clock(pause.start_s), "args": {"choice": life.choice}}
             yield common | {"ph": "e", "ts": clock(end_s)}

@@ -227,7 +227,7 @@ def test_a_chrome_trace_is_well_formed(ring_and_run: tuple[EventRing, Run]) -> N
     trace = json.loads(json.dumps(chrome_trace(ring, num_blocks=NUM_BLOCKS), allow_nan=False))
     tracks: dict[tuple[int, int], list[tuple[float, float, str]]] = defaultdict(list)
     named: set[tuple[int, int]] = set()
-    waits: dict[int, list[str]] = defaultdict(list)
+    waits: dict[str, list[str]] = defaultdict(list)
     for event in trace["traceEvents"]:
         if event["ph"] == "X":
             assert event["ts"] >= 0
@@ -239,7 +239,7 @@ def test_a_chrome_trace_is_well_formed(ring_and_run: tuple[EventRing, Run]) -> N
         elif event["ph"] == "C":
             assert all(isinstance(value, (int, float)) for value in event["args"].values())
         elif event["ph"] in "be":
-            waits[event["id"]].append(event["ph"])
+            waits[event["id2"]["local"]].append(event["ph"])
     assert tracks.keys() <= named
     assert all(phases == ["b", "e"] for phases in waits.values())
     for (pid, tid), slices in tracks.items():
