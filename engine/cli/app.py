@@ -19,6 +19,7 @@ from .plan import plan
 from .plan_options import PlanOptions
 from .profile import profile_kernels, profile_step
 from .profile_options import KernelOptions, StepOptions
+from .replay import ReplayOptions, replay
 from .serve import serve
 from .serve_options import ServeOptions
 from .simulate import simulate
@@ -61,6 +62,7 @@ app.command(cls=GroupedCommand)(with_flags(lens))
 app.command(cls=GroupedCommand)(with_flags(serve, ServeOptions, "Server"))
 app.command(cls=GroupedCommand)(with_flags(plan, PlanOptions, "Plan"))
 app.command(cls=GroupedCommand)(with_flags(simulate, SimulateOptions, "Simulation"))
+app.command(cls=GroupedCommand)(with_fields(replay, ReplayOptions))
 
 _bench = typer.Typer(help="Measure a server, an engine, or single ops.", no_args_is_help=True, rich_markup_mode=None)
 _bench.command("serve", cls=GroupedCommand)(with_fields(bench_serve, BenchOptions))

@@ -1,5 +1,5 @@
-"""This package holds the replay of recordings: a recorded schedule, run again without a model, compared by step. It does
-not know argv.
+"""This package holds the replay of recordings: a recorded schedule run again without a model, and compared by step.
+It does not know argv.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ outside, how sequences ended, and what the scheduler made of it. It does not kno
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from itertools import islice
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ __all__ = ["POOL_FIELDS", "SEQUENCE_FIELDS", "Facts", "Owners", "Script", "Scrip
 
 SEQUENCE_FIELDS = ("preempted", "admitted", "rows", "waits", "sampled", "finished")
 """What a step did to sequences: lists of tuples that begin with the sequence's serial."""
+KNOWN_ALONE = tuple(name for name in SEQUENCE_FIELDS if name != "waits")
+"""Those that a sequence has of its own."""
 POOL_FIELDS = ("num_waiting", "num_free_blocks", "num_cached_blocks")
 """What was left when it was over."""
+SHRUNK_TO = "shrunk_to"
+"""The fact that says in what the last step of a recording that was made small differed: of others nothing is known."""
 MAX_SLOTS = 1 << 31
 """Rows times longest sequence: what a table of token ids may be in address space, in tokens."""
 
@@ -89,17 +94,21 @@ class ScriptStep:
     ends: list[RequestEvent] = field(default_factory=list)
     facts: Facts = field(default_factory=dict)
 
-    def without(self, serials: Collection[int]) -> ScriptStep:
-        """Leave out some sequences, and what cannot be known without them: the pool, and why others wait."""
+    def without(self, serials: Collection[int], also: str = "") -> ScriptStep:
+        """Leave out some sequences, and what cannot be known without them: the pool, and why others wait.
 
-        def kept(events: list[RequestEvent]) -> list[RequestEvent]:
-            return [event for event in events if event.serial not in serials]
+        Args:
+            serials: of those to leave out.
+            also: a field of the facts to keep all the same.
+        """
+
+        def kept(entries: list[Any], serial: Callable[[Any], int] = attrgetter("serial")) -> list[Any]:
+            return [entry for entry in entries if serial(entry) not in serials]
 
         facts = {
-            name: [entry for entry in self.facts[name] if entry[0] not in serials]
-            for name in SEQUENCE_FIELDS
-            if name != "waits"
+            name: kept(self.facts[name], itemgetter(0)) for name in SEQUENCE_FIELDS if name in {*KNOWN_ALONE, also}
         }
+        facts |= {name: self.facts[name] for name in POOL_FIELDS if name == also}
         return ScriptStep(
             self.event, kept(self.before), kept(self.scheduled), kept(self.flight), kept(self.ends), facts
         )
@@ -178,6 +187,8 @@ class Script:
             step.facts["finished"] = [(event.serial, event.detail, event.num_tokens) for event in step.ends]
             if previous is not None:
                 del step.facts["num_cached_blocks"]
+        if SHRUNK_TO in facts:
+            steps[-1] = steps[-1].without((), str(facts[SHRUNK_TO]))
         return replace(script, arrivals=arrivals)
 
     def _add_kin(self, serial: int, numbers: Sequence[int]) -> None:
@@ -223,18 +234,19 @@ class Script:
         arrivals = {serial: event for serial, event in self.arrivals.items() if serial in arrived}
         return replace(self, steps=steps, arrivals=arrivals)
 
-    def without(self, serials: Collection[int]) -> Script:
-        """Leave out some sequences, and the steps in which nobody else ran. The last step stays, with all its facts."""
+    def without(self, serials: Collection[int], field: str) -> Script:
+        """Leave out some sequences, and the steps in which nobody else ran.
+
+        Args:
+            serials: of those to leave out.
+            field: of the facts of the last step, which stays, keep this one whatever it is.
+        """
         steps: list[ScriptStep] = []
         carried: list[RequestEvent] = []
         num_resets = 0
         last = len(self.steps) - 1
         for place, full in enumerate(self.steps):
-            step = full.without(serials)
-            if place == last:
-                rest = {name: full.facts[name] for name in POOL_FIELDS if name in full.facts}
-                waits = [entry for entry in full.facts["waits"] if entry[0] not in serials]
-                step.facts.update(rest, waits=waits)
+            step = full.without(serials, field if place == last else "")
             if step.facts["rows"] or place == last:
                 event = step.event._replace(num_cache_resets=num_resets + step.event.num_cache_resets)
                 steps.append(replace(step, event=event, before=carried + step.before))
@@ -243,7 +255,8 @@ class Script:
                 carried += [*step.before, *step.flight]
                 num_resets += step.event.num_cache_resets
         arrivals = {serial: event for serial, event in self.arrivals.items() if serial not in serials}
-        return replace(self, steps=steps, arrivals=arrivals)
+        facts = dict(self.facts) | {SHRUNK_TO: field}
+        return replace(self, steps=steps, arrivals=arrivals, facts=facts)
 
 
 def read_bundle(path: Path) -> Recording:
@@ -319,7 +332,11 @@ def _quiet_moment(steps: Sequence[StepEvent], events: Sequence[RequestEvent]) ->
         number = events[place].step
         if place > last_unknown and number <= steps[-1].step:
             step = steps[number - steps[0].step]
-            shown = list(takewhile(lambda event, last=number: _shows_in(event) <= last, islice(events, place, None)))
+            shown: list[RequestEvent] = []
+            for event in islice(events, place, None):
+                if _shows_in(event) > number:
+                    break
+                shown.append(event)
             kinds = Counter(event.kind for event in shown)
             rows = {event.row for event in shown if event.kind == EventKind.ADMITTED}
             gone = sum(event.kind == EventKind.FINISHED and event.row < 0 for event in shown)

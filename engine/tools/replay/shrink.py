@@ -53,7 +53,7 @@ def shrink(
         on_try: called before each replay with how many there were and how many requests are left.
         should_stop: whether to take what there is.
     """
-    script = script.until(difference.place)
+    script = script.until(difference.place).without((), difference.field)
     requests = [
         [event.serial for event in group]
         for _, group in groupby(script.arrivals.values(), lambda event: (event.request_id, event.serial - event.choice))
@@ -85,7 +85,7 @@ def shrink(
 
 def _try(script: Script, requests: Sequence[Collection[int]], difference: Difference) -> tuple[Script, Outcome] | None:
     """Leave requests out and replay; None where another difference shows, or none."""
-    smaller = script.without({serial for serials in requests for serial in serials})
+    smaller = script.without({serial for serials in requests for serial in serials}, difference.field)
     outcome = replay(smaller, keep_logs=True)
     found = outcome.difference
     if found is None or found.place != len(smaller.steps) - 1 or not found.matches(difference):
