@@ -24,7 +24,7 @@ from .terminal import error_line, show, stderr
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ..loader import Checkpoint
+    from ..tools.gpus import Gpu
     from ..tools.simulate.cost import LinearCost
     from ..tools.simulate.sweep import Scenario, Simulated
     from ..tools.simulate.workload import Workload
@@ -67,22 +67,19 @@ def simulate(
 def _scenario(
     words: str, config: EngineConfig, own: SimulateOptions, goodput: Mapping[str, float], sweeps: Mapping[str, Any]
 ) -> Scenario:
-    from ..tools.gpus import find_gpu
+    from ..tools.plan import read_model
     from ..tools.simulate.cost import read_cost, write_cost
     from ..tools.simulate.sweep import Scenario
 
-    if own.gpu is not None:
-        find_gpu(own.gpu)  # a misspelt name costs no time then
-    gpu = own.gpu if own.gpu is not None or "gpu" not in sweeps else sweeps["gpu"][0]
+    gpu = _gpu(own.gpu or next(iter(sweeps.get("gpu", ())), None), config)
     cost: LinearCost | None = None if own.cost is None else read_cost(own.cost)
     if cost is not None:
         stderr().print(f"a step takes {cost}; off by {cost.error:.0%} of a step on average", style="dim")
         if own.save_cost is not None:
             write_cost(own.save_cost, cost)
-    checkpoint = _checkpoint(config.model)
     scenario = Scenario(
-        _workload(words, checkpoint, own),
-        checkpoint.model_config,
+        _workload(words, config.model, own),
+        read_model(config.model),
         config,
         gpu,
         cost,
@@ -97,25 +94,31 @@ def _scenario(
     return scenario
 
 
-def _checkpoint(name: str) -> Checkpoint:
-    """Return a model of which nothing is read but its shape, and its tokenizer if there is one."""
-    from ..loader import resolve_model
+def _gpu(name: str | None, config: EngineConfig) -> Gpu | None:
+    from ..tools.gpus import find_gpu
 
-    path = Path(name)
-    return resolve_model(str(path.parent) if path.name == "config.json" else name, load_format="dummy")
+    if name == "cpu":
+        from ..tools.machine import measure_cpu
+
+        return measure_cpu("float32" if config.dtype == "auto" else config.dtype)
+    return None if name is None else find_gpu(name)
 
 
-def _workload(words: str, checkpoint: Checkpoint, own: SimulateOptions) -> Workload:
+def _workload(words: str, model: str, own: SimulateOptions) -> Workload:
+    """Read the workload, with the model's tokenizer if it needs one and there is one."""
     from ..text.tokenizer import Tokenizer
     from ..tools.simulate.reading import read_workload
 
-    tokenizer = None
+    encode = None
     if Path(words).is_file():
-        if checkpoint.tokenizer_folder is not None:
-            tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
-        elif checkpoint.tokenizer_metadata is not None:
-            tokenizer = Tokenizer.from_gguf(checkpoint.tokenizer_metadata)
-    encode = None if tokenizer is None else tokenizer.encode
+        from ..loader import resolve_model
+
+        path = Path(model)
+        found = resolve_model(str(path.parent) if path.suffix == ".json" else model, load_format="dummy")
+        if found.tokenizer_folder is not None:
+            encode = Tokenizer.from_folder(found.tokenizer_folder).encode
+        elif found.tokenizer_metadata is not None:
+            encode = Tokenizer.from_gguf(found.tokenizer_metadata).encode
     return read_workload(words, encode, seed=own.seed, most=own.num_prompts)
 
 
@@ -208,22 +211,22 @@ def _show(
 def _about(
     scenario: Scenario, own: SimulateOptions, runs: Sequence[Simulated], sweeps: Mapping[str, Any]
 ) -> dict[str, str]:
-    from ..tools.gpus import find_gpu
     from ..tools.simulate.page import about_run
 
     workload = scenario.workload
     inputs, outputs = workload.prompt_tokens, workload.output_tokens
     about = {
-        "workload": workload.name,
+        "workload": workload.name.replace(",", ", "),
         "requests": f"{len(workload):,} of {inputs.mean():,.0f} + {outputs.mean():,.0f} tokens on average",
         "model": scenario.config.model,
     }
     if scenario.gpu is not None and "gpu" not in sweeps:
-        about["machine"] = find_gpu(scenario.gpu).title
+        about["machine"] = scenario.gpu.title
     if scenario.cost is not None:
         about["steps take"] = f"{scenario.cost}, fitted to {scenario.cost.num_steps:,} measured steps"
     else:
-        about["steps take"] = f"{scenario.efficiency:.0%} of the data sheet's bandwidth and rate"
+        assert scenario.gpu is not None, "one of the two is there"
+        about["steps take"] = f"{scenario.efficiency:.0%} of bandwidth and rate ({scenario.gpu.source}): a bound"
         if scenario.overhead_s:
             about["steps take"] += f", and {own.overhead_us:g} µs"
     if own.request_rate is not None:

@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError, describe
+from ..resolve import Hardware
 
-__all__ = ["GPUS", "Gpu", "find_gpu"]
+__all__ = ["CUDA_CONTEXT_BYTES", "GPUS", "Gpu", "find_gpu", "hardware_of"]
 
 MIB = 2**20
+CUDA_CONTEXT_BYTES = 512 * MIB
+"""Taken off a GPU's memory for the CUDA context and the compiled kernels: an allowance, not a measurement."""
 OTHER = "memory=24GiB,bandwidth=1TB/s,flops=160TFLOP/s"
 
 
@@ -98,6 +101,13 @@ def find_gpu(name: str) -> Gpu:
         nothing = Gpu(name, "a GPU described by hand", "unknown", 0, 0.0, {}, 0, "")
         return _changed(nothing, values, "given")
     return _changed(GPUS[key], values, "data sheet, and as given") if values else GPUS[key]
+
+
+def hardware_of(gpu: Gpu) -> Hardware:
+    """Return what an engine would find on a card, or a CPU."""
+    if gpu.architecture == "cpu":
+        return Hardware("cpu", gpu.title, gpu.memory_bytes)
+    return Hardware("cuda", gpu.title, gpu.memory_bytes - CUDA_CONTEXT_BYTES)
 
 
 def _changed(gpu: Gpu, values: Mapping[str, float], source: str) -> Gpu:

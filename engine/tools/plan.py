@@ -24,14 +24,12 @@ from ..footprint import (
     table_bytes,
     weight_groups,
 )
-from ..resolve import Hardware, ResolvedConfig, resolve, ways_to_fit
-from .gpus import GPUS, Gpu
+from ..resolve import ResolvedConfig, resolve, ways_to_fit
+from .gpus import CUDA_CONTEXT_BYTES, GPUS, Gpu, hardware_of
 from .roofline import Roofline, StepWork
 
 __all__ = ["Decode", "NoRoomError", "Part", "Plan", "Prefill", "Variant", "make_plan", "plan_json", "read_model"]
 
-CUDA_CONTEXT_BYTES = 512 * 2**20
-"""Taken off a GPU's memory for the CUDA context and the compiled kernels: an allowance, not a measurement."""
 CONTEXTS = (512, 2048, 8192, 32_768, 131_072)
 BATCH_SIZES = (1, 8, 32, 128, 256)
 REFERENCE_CONTEXT = 8192
@@ -146,8 +144,8 @@ def make_plan(
     gpu: Gpu,
     *,
     kv_cache_dtype: CacheDTypeName | None = None,
-    contexts: Sequence[int] = CONTEXTS,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    contexts: Sequence[int] | None = None,
+    batch_sizes: Sequence[int] | None = None,
 ) -> Plan:
     """Plan an engine.
 
@@ -156,13 +154,13 @@ def make_plan(
         model: its shape.
         gpu: where it would run.
         kv_cache_dtype: what if keys and values were stored so; None: as the engine stores them.
-        contexts, batch_sizes: what to predict, as far as the engine goes.
+        contexts, batch_sizes: what to predict; None: some sizes, and the engine's limit.
 
     Raises:
         ConfigError: the settings contradict each other or the model.
         NoRoomError: it does not fit.
     """
-    hardware = _hardware(gpu)
+    hardware = hardware_of(gpu)
     try:
         resolved = resolve(config, model, hardware, kv_cache_dtype=kv_cache_dtype)
     except CapacityError as error:
@@ -170,8 +168,8 @@ def make_plan(
         raise NoRoomError(str(error).partition("; try")[0], ways, _fitting_gpus(config, model)) from None
     if gpu.flops.get(resolved.dtype) is None:
         raise ConfigError(f"dtype is {resolved.dtype}; allowed: {', '.join(gpu.flops)}, whose rate is known")
-    lengths = sorted({*(each for each in contexts if each < resolved.max_model_len), resolved.max_model_len})
-    batches = sorted({*(each for each in batch_sizes if each < resolved.max_num_seqs), resolved.max_num_seqs})
+    lengths = _sizes("context", contexts, CONTEXTS, "max_model_len", resolved.max_model_len)
+    batches = _sizes("batch", batch_sizes, BATCH_SIZES, "max_num_seqs", resolved.max_num_seqs)
     roofline = Roofline(model, gpu, dtype=resolved.dtype, kv_cache_dtype=kv_cache_dtype)
     reference = min(REFERENCE_CONTEXT, resolved.max_model_len)
     return Plan(
@@ -190,17 +188,20 @@ def make_plan(
     )
 
 
-def _hardware(gpu: Gpu) -> Hardware:
-    if gpu.architecture == "cpu":
-        return Hardware("cpu", gpu.title, gpu.memory_bytes)
-    return Hardware("cuda", gpu.title, gpu.memory_bytes - CUDA_CONTEXT_BYTES)
+def _sizes(name: str, given: Sequence[int] | None, usual: Sequence[int], limit: str, most: int) -> list[int]:
+    if given is None:
+        return [*(size for size in usual if size < most), most]
+    for size in given:
+        if size > most:
+            raise ConfigError(f"{name} is {size}; allowed: at most {limit}, {most}")
+    return sorted(set(given))
 
 
 def _fitting_gpus(config: EngineConfig, model: ModelConfig) -> list[str]:
     found = []
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory_bytes):
         try:
-            resolve(config, model, _hardware(gpu))
+            resolve(config, model, hardware_of(gpu))
         except CapacityError:
             continue
         found.append(gpu.name)
@@ -268,7 +269,7 @@ def _variants(
     kinds: tuple[CacheDTypeName | None, ...] = (None, "int8", "float8_e4m3")
     for dtype, kind in itertools.product((each for each in wide if each in gpu.flops), kinds):
         try:
-            found = resolve(replace(config, dtype=dtype), model, _hardware(gpu), kv_cache_dtype=kind)
+            found = resolve(replace(config, dtype=dtype), model, hardware_of(gpu), kv_cache_dtype=kind)
         except CapacityError:
             found = None
         except ConfigError:

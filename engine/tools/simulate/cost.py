@@ -119,7 +119,7 @@ def measured_steps(recording: Recording) -> list[MeasuredStep]:
         known = all(row in computed for row in rows) and not step.failed
         pairs = [(count, computed.get(row, 0) + count) for row, count in zip(rows, counts, strict=True)]
         works.append(StepWork.of(pairs, len(step.sampled)) if known else None)
-        computed |= {row: end for row, (_, end) in zip(rows, pairs, strict=True)}
+        computed |= {row: end for row, (_, end) in zip(rows, pairs, strict=True) if row in computed}
     after: list[float | None] = []
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         new = {row for row, _ in admitted.get(following.step, ())} if following else set()

@@ -22,7 +22,7 @@ from ...hardware import available_memory_bytes
 from ...resolve import Hardware, ResolvedConfig, resolve
 from ...scheduler import SchedulerLimits
 from ...strict_json import parse_json
-from ..gpus import find_gpu
+from ..gpus import Gpu, find_gpu, hardware_of
 from ..roofline import CostModel, Roofline
 from .cost import LinearCost
 from .figures import figures
@@ -64,7 +64,7 @@ class Scenario:
     workload: Workload
     model: ModelConfig
     config: EngineConfig
-    gpu: str | None = None
+    gpu: Gpu | None = None
     """Whose memory, and without `cost` whose data sheet counts; None: this machine's memory."""
     cost: LinearCost | None = None
     """None: the roofline of the GPU."""
@@ -91,7 +91,10 @@ class Scenario:
             config = replace(config, **{part: replace(getattr(config, part), **mine)})
         if "dtype" in engine:
             config = replace(config, dtype=engine["dtype"])
-        return replace(self, config=config, **{name: value for name, value in point.items() if name in _OWN})
+        own = {name: value for name, value in point.items() if name in _OWN}
+        if "gpu" in own:
+            own["gpu"] = find_gpu(own["gpu"])
+        return replace(self, config=config, **own)
 
     def resolved(self) -> ResolvedConfig:
         """Return the settings that an engine would run with there.
@@ -101,8 +104,7 @@ class Scenario:
         """
         if self.gpu is None:
             return resolve(self.config, self.model, Hardware("cpu", "this machine", available_memory_bytes()))
-        gpu = find_gpu(self.gpu)
-        return resolve(self.config, self.model, Hardware("cuda", gpu.title, gpu.memory_bytes))
+        return resolve(self.config, self.model, hardware_of(self.gpu))
 
     def cost_model(self, resolved: ResolvedConfig) -> CostModel:
         """Return what says how long steps take."""
@@ -111,7 +113,7 @@ class Scenario:
         assert self.gpu is not None, "one of the two is there"
         part = self.efficiency
         roofline = Roofline(
-            self.model, find_gpu(self.gpu), dtype=resolved.dtype, bandwidth_efficiency=part, flops_efficiency=part
+            self.model, self.gpu, dtype=resolved.dtype, bandwidth_efficiency=part, flops_efficiency=part
         )
         return _WithOverhead(roofline, self.overhead_s)
 

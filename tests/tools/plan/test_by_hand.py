@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from octavo.engine.config import EngineConfig
 from octavo.engine.footprint import kv_bytes_per_token, kv_pool_bytes, num_weights, weight_groups
-from octavo.engine.tools.gpus import find_gpu
-from octavo.engine.tools.plan import CUDA_CONTEXT_BYTES, make_plan, read_model
+from octavo.engine.tools.gpus import CUDA_CONTEXT_BYTES, find_gpu
+from octavo.engine.tools.plan import make_plan, read_model
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -1,0 +1,91 @@
+"""Cost models that are fitted: to steps whose cost is known, to recordings; and how they are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+from octavo.engine.errors import ConfigError
+from octavo.engine.observe import recording
+from octavo.engine.observe.ring import EventRing
+from octavo.engine.tools.roofline import StepWork
+from octavo.engine.tools.simulate.cost import (
+    PARTS,
+    LinearCost,
+    MeasuredStep,
+    _not_negative,
+    fit_cost,
+    measured_steps,
+    read_cost,
+    write_cost,
+)
+from octavo.engine.tools.simulate.simulation import Simulation
+
+from .loads import draw, limits
+
+TRUE = LinearCost((4e-3, 3e-5, 2e-4, 1e-5, 4e-8, 1e-9))
+
+
+def record(file: Path) -> EventRing:
+    ring = EventRing(100_000, 10_000)
+    Simulation(draw(80, 6.0), limits(), TRUE, recorder=ring).run()
+    file.write_bytes(recording.dumps(ring, {"num_blocks": 64, "block_size": 16}))
+    return ring
+
+
+def test_a_fit_to_a_recording_finds_the_costs_that_made_it(tmp_path: Path) -> None:
+    ring = record(tmp_path / "run.json")
+    steps = measured_steps(recording.loads((tmp_path / "run.json").read_bytes()))
+    assert len(steps) == len(ring.steps)
+    for step in steps:
+        assert step.seconds == pytest.approx(TRUE.step_s(step.work), abs=3e-6)  # a recording rounds to microseconds
+    found = read_cost(tmp_path / "run.json")
+    assert found.seconds == pytest.approx(TRUE.seconds, rel=0.03, abs=2e-7)
+    assert (found.num_steps, found.error) == (len(steps), pytest.approx(0, abs=1e-3))
+
+
+def test_steps_whose_beginning_is_not_in_a_recording_are_left_out(tmp_path: Path) -> None:
+    record(tmp_path / "run.json")
+    whole = recording.loads((tmp_path / "run.json").read_bytes())
+    late = EventRing(100_000, 10_000)
+    for event in [*whole.ring.events][100:]:
+        late.on_request(event)
+    for step in whole.ring.steps:
+        late.on_step(step)
+    found = measured_steps(whole._replace(ring=late))
+    expected = Counter(step.work for step in measured_steps(whole))
+    assert 100 < len(found) < expected.total()
+    assert not Counter(step.work for step in found) - expected
+
+
+def test_a_fit_is_the_least_squares_one_without_negative_parts() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        columns, goal = rng.normal(size=(40, 5)), rng.normal(size=40)
+        assert _not_negative(columns, goal) == pytest.approx(scipy.optimize.nnls(columns, goal)[0], abs=1e-9)
+    one = MeasuredStep(StepWork(1, 1, 1, 10, 10), 0.01)
+    assert fit_cost([one] * 30).step_s(one.work) == pytest.approx(0.01)
+    with pytest.raises(ConfigError, match="at least 20 steps; here are 3"):
+        fit_cost([one] * 3)
+
+
+def test_a_cost_model_is_kept_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    write_cost(file, TRUE)
+    assert read_cost(file) == TRUE
+    assert "per kv_tokens_read" in str(TRUE)
+    good = json.loads(file.read_text())
+    assert set(good["seconds"]) == set(PARTS)
+    for bad in ([], {**good, "octavo_cost": 2}, {**good, "seconds": {**good["seconds"], "step": -1}}, {"seconds": 1}):
+        file.write_text(json.dumps(bad))
+        with pytest.raises(ConfigError, match="allowed: a recording of octavo serve, or what --save-cost wrote"):
+            read_cost(file)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="Expecting property name"):
+        read_cost(file)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_cost(tmp_path / "nowhere.json")
