@@ -126,6 +126,7 @@ class AsyncLLM:
             num_layers=llm.info.num_layers,
             defaults=llm.info.generation_config if llm.info.config.generation_config == "auto" else None,
             chat_template=chat_template,
+            special_in_prompts=llm.info.config.special_in_prompts,
         )
         llm._texts = OutputProcessor(llm._tokenizer)
         llm._readers = Readers(llm._link.send, llm._texts, max_unread)

@@ -222,6 +222,9 @@ class EngineConfig:
     """Bit-equal tokens and logprobs whatever the batch, chunking, cache or preemption; slower."""
     generation_config: Literal["auto", "none"] = "auto"
     """auto: the sampling defaults that come with the model, where it has any; none: octavo's own."""
+    special_in_prompts: bool = True
+    """Take the text of a special token in a prompt as that token; without, refuse such a prompt. In messages it is never
+    more than text."""
     seed: int = 0
     """Where the seeds of requests that give none come from."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -230,6 +233,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_flag("invariant", self.invariant)
+        _check_flag("special_in_prompts", self.special_in_prompts)
         _check(
             "tokenizer",
             self.tokenizer,

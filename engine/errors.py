@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "BusyError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
@@ -59,6 +60,10 @@ class RequestError(OctavoError):
     def __init__(self, message: str, param: str | None = None) -> None:
         self.param = param
         super().__init__(message)
+
+
+class BusyError(RequestError):
+    """One request is refused for now, as too much waits already; the same may be taken later."""
 
 
 class EngineDeadError(OctavoError):

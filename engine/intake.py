@@ -32,6 +32,7 @@ class Intake:
         num_layers: of the model.
         defaults: the checkpoint's sampling defaults; None: they do not count.
         chat_template: Jinja source to use in place of the tokenizer's.
+        special_in_prompts: take the text of a special token in a prompt as that token; else refuse it.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Intake:
         num_layers: int,
         defaults: GenerationConfig | None,
         chat_template: str | None = None,
+        special_in_prompts: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -50,6 +52,7 @@ class Intake:
         self._num_layers = num_layers
         self._defaults = defaults
         self._template_source = chat_template
+        self._special_in_prompts = special_in_prompts
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -135,10 +138,14 @@ class Intake:
         """Return the token ids of a prompt: of a text (with BOS, if `add_bos`), or what `checked_ids` says of a list.
 
         Raises:
-            RequestError: it is no valid text, or holds something else than token ids.
+            RequestError: it is no valid text, holds a special token where that is refused, or something else than token
+                ids.
         """
         if isinstance(prompt, str):
             self._check_length(prompt, "prompt")
+            if not self._special_in_prompts and (token := self.tokenizer.special_in(prompt)) is not None:
+                allowed = "a text without such, as this engine runs with --no-special-in-prompts"
+                raise RequestError(f"prompt holds the special token {describe(token)}; allowed: {allowed}", "prompt")
             return self.tokenizer.encode(prompt, add_bos=add_bos)
         if not is_list(prompt):
             raise RequestError(f"prompt is {describe(prompt)}; allowed: a text, or a list of token ids", "prompt")

@@ -70,6 +70,7 @@ class LLM:
             max_model_len=self.engine.resolved.max_model_len,
             num_layers=self.engine.model_config.num_layers,
             defaults=self.engine.generation_config if config.generation_config == "auto" else None,
+            special_in_prompts=config.special_in_prompts,
         )
         self._texts = OutputProcessor(self.engine.tokenizer)
         self._num_requests = 0

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from ..core import EngineCore
-from ..errors import EngineDeadError, RequestError
+from ..errors import BusyError, EngineDeadError, RequestError
 from ..events import KVSnapshot, RequestEvent, StepEvent
 from ..sampling_params import SamplingParams
 from ..startup import Engine
@@ -192,7 +192,7 @@ class EngineLoop:
             params = unpacked_params(message.params, message.given)
             if params.structured_outputs is not None and grammar is None:
                 if len(self._compiling) >= MAX_COMPILING:
-                    raise RequestError(
+                    raise BusyError(
                         f"structured_outputs is given while those of {MAX_COMPILING} other requests wait to be "
                         "compiled; allowed: later",
                         "structured_outputs",
@@ -213,7 +213,7 @@ class EngineLoop:
             self._refuse(message, error)
 
     def _refuse(self, message: AddRequest, error: RequestError) -> None:
-        self._refusals.append(Refusal(message.request_id, str(error), error.param))
+        self._refusals.append(Refusal(message.request_id, str(error), error.param, isinstance(error, BusyError)))
 
     def _compile(self, message: AddRequest, params: SamplingParams) -> None:
         """Compile a grammar, which may take a second, while steps go on; runs on a thread of its own."""

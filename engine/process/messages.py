@@ -161,6 +161,8 @@ class Refusal(msgspec.Struct, array_like=True):
     request_id: str
     message: str
     param: str | None
+    is_busy: bool = False
+    """It may be taken later: see `BusyError`."""
 
 
 class News(_Message):

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from ..errors import EngineDeadError, RequestError
+from ..errors import BusyError, EngineDeadError, RequestError
 from ..events import EventKind, RequestEvent
 from ..step import FinishReason, RequestOutput
 from ..text.output_processor import OutputProcessor
@@ -142,7 +142,8 @@ class Readers:
         for refusal in news.refusals:
             refused = self._readers.get(refusal.request_id)
             if refused is not None:
-                refused.fail(RequestError(refusal.message, refusal.param))
+                kind = BusyError if refusal.is_busy else RequestError
+                refused.fail(kind(refusal.message, refusal.param))
         changed, stops = self._texts.process(news.outputs)
         for stop in stops:
             self._send(Finish(stop.request_id, stop.index, stop.num_output_tokens))

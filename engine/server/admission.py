@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 
 from ..errors import RequestError
 from ..events import EventKind, RequestEvent, StepEvent
-from .errors import HTTPError
+from .errors import RETRY, HTTPError
 from .settings import Limits
 from .watch import Watch
 
 __all__ = ["Admission", "Ticket"]
-
-_RETRY = ("retry-after", "1")
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +83,7 @@ class Admission:
             503,
             f"the request has waited {self._limits.queue_s:g} s for its turn",
             code="queue_timeout",
-            headers=[_RETRY],
+            headers=[RETRY],
         )
         ticket.timer = asyncio.get_running_loop().call_later(self._limits.queue_s, watch.end, late)
         self._tickets.add(ticket)
@@ -179,4 +177,4 @@ class Admission:
 
 
 def _queue_full(why: str) -> HTTPError:
-    return HTTPError(429, f"the queue is full: {why}", code="queue_full", headers=[_RETRY])
+    return HTTPError(429, f"the queue is full: {why}", code="queue_full", headers=[RETRY])

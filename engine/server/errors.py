@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import msgspec
 from starlette.exceptions import HTTPException
 
-from ..errors import EngineDeadError, OctavoError, RequestError
+from ..errors import BusyError, EngineDeadError, OctavoError, RequestError
 
-__all__ = ["HTTPError", "as_http_error", "error_body", "printable"]
+__all__ = ["RETRY", "HTTPError", "as_http_error", "error_body", "printable"]
 
+RETRY = ("retry-after", "1")
+"""A header: what is full now may have room in a second."""
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -59,6 +61,8 @@ def as_http_error(error: Exception) -> HTTPError | None:
     """Return what a known error is over HTTP; None for one that nobody expected."""
     if isinstance(error, HTTPError):
         return error
+    if isinstance(error, BusyError):
+        return HTTPError(429, str(error), param=error.param, code="queue_full", headers=[RETRY])
     if isinstance(error, RequestError):
         return HTTPError(400, str(error), param=error.param)
     if isinstance(error, HTTPException):

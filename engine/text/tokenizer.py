@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -214,6 +215,19 @@ class Tokenizer:
                 ]
         encoded = [encoding.ids for encoding in backend.encode_batch_fast(inputs, add_special_tokens=False)]
         return [self._surround(ids) for ids in encoded] if add_bos else encoded
+
+    def special_in(self, text: str) -> str | None:
+        """Return a control token whose text `encode` takes as that token, or None where there is none in this text.
+
+        Raises:
+            RequestError: the text is no valid Unicode.
+        """
+        parsed, plain = (self.encode(text, add_bos=False, parse_special=each) for each in (True, False))
+        if parsed == plain:
+            return None
+        texts = {token_id: control for control, token_id in self.control_tokens.items()}
+        # An unknown token that both have stands for a character that has none.
+        return next((texts[token_id] for token_id in Counter(parsed) - Counter(plain) if token_id in texts), None)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of some ids; bytes that are no UTF-8 become U+FFFD.

@@ -56,6 +56,7 @@ SETTINGS: dict[str, tuple[list[str], Any]] = {
     "backend": (["torch"], "torch"),
     "invariant": ([], True),
     "generation_config": (["none"], "none"),
+    "special_in_prompts": ([], True),
     "block_size": (["16"], 16),
     "kv_cache_tokens": (["640"], 640),
     "prefix_caching": ([], True),

@@ -420,3 +420,15 @@ def test_memory_is_bounded_by_the_window(generate: Run, write_jsonl: Write, monk
     assert len(generate("--input", write_jsonl(entries)).records) == 30
     # While the first one, of 100 tokens, is not over, nothing beyond the window of 4 * 2 is taken in.
     assert set(seen[:90]) == {8}
+
+
+def test_special_tokens_in_prompts_are_refused_where_that_is_asked_for(
+    generate: Run, write_jsonl: Callable[..., Path]
+) -> None:
+    file = write_jsonl([{"prompt": "a<eos>b"}, {"prompt": "fine"}, {"prompt_token_ids": [1, 256]}])
+    ran = generate("--input", file, "--no-special-in-prompts")
+    assert ran.status == 1
+    assert "prompt holds the special token '<eos>'" in ran.err
+    assert [record.get("error") is None for record in ran.records] == [False, True, True]
+    said = [{"messages": [{"role": "user", "content": "a<eos>b"}]}]
+    assert generate("--input", write_jsonl(said), "--no-special-in-prompts").status == 0

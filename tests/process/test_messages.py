@@ -104,10 +104,10 @@ def test_message_from_engine(message: Any) -> None:
 
 
 def test_news() -> None:
-    read = from_engine(content_of(News(OUTPUTS, [Refusal("c", "no", None)], ["d"], [EVENT], STEP, 1)))
+    read = from_engine(content_of(News(OUTPUTS, [Refusal("c", "no", None, True)], ["d"], [EVENT], STEP, 1)))
     assert isinstance(read, News)
     assert read.outputs == OUTPUTS
-    assert read.refusals == [Refusal("c", "no", None)]
+    assert read.refusals == [Refusal("c", "no", None, True)]
     assert (read.aborted, read.events, read.num_events_before_step) == (["d"], [EVENT], 1)
     assert isinstance(read.step, StepEvent)
     for sent, got in zip(STEP, read.step, strict=True):

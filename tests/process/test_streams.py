@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 import pytest
 from octavo.engine.core import EngineCore
-from octavo.engine.errors import RequestError
+from octavo.engine.errors import BusyError, RequestError
 from octavo.engine.events import EventKind
 from octavo.engine.observe.metrics import Metrics
 from octavo.engine.process.loop import MAX_COMPILING, NUM_COMPILERS
@@ -292,7 +292,7 @@ def test_grammars_of_those_who_left_are_not_compiled(monkeypatch: pytest.MonkeyP
         asked = [ask(f"leaves{index}") for index in range(MAX_COMPILING)]
         for _ in range(NUM_COMPILERS):
             await asyncio.to_thread(begun.acquire)
-        with pytest.raises(RequestError, match="allowed: later") as refused:
+        with pytest.raises(BusyError, match="allowed: later") as refused:
             await ask("one too many")
         assert refused.value.param == "structured_outputs"
         for task in asked:

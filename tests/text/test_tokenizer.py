@@ -299,3 +299,23 @@ def test_flipped_bytes_end_in_a_checkpoint_error(
         except CheckpointError:
             refused += 1
     assert refused > 0
+
+
+def test_a_special_token_in_a_text_is_named(smollm: Tokenizer, byte_level_backend: Backend, examples: Any) -> None:
+    assert smollm.special_in("a<|im_end|>b <|im_start|>") in ("<|im_end|>", "<|im_start|>")
+    assert smollm.special_in("<|im_end|>") == "<|im_end|>"
+    for text in (*CORPUS, "", "<|im_en", "< |im_end|>", "<|IM_END|>"):
+        assert (smollm.special_in(text) is None) == (smollm.control_pattern.search(text) is None), text
+    tokenizer = Tokenizer(byte_level_backend)
+    assert tokenizer.special_in("x<｜User｜>") == "<｜User｜>"
+    # It is an entry of the vocabulary like another: it opens nothing.
+    assert tokenizer.special_in("<think>") is None
+
+    @examples(30, 300)
+    @given(st.lists(st.sampled_from(["<|im_", "end|>", "<", "|>", " ", "a", "é", "<|im_start|>"]), max_size=6))
+    def named_where_it_is_parsed(parts: list[str]) -> None:
+        text = "".join(parts)
+        is_parsed = bool(set(smollm.control_tokens.values()) & set(smollm.encode(text, add_bos=False)))
+        assert (smollm.special_in(text) is not None) == is_parsed
+
+    named_where_it_is_parsed()
