@@ -12,6 +12,7 @@ from .bench_kernels import bench_kernels
 from .bench_offline import bench_latency, bench_throughput
 from .bench_options import BenchOptions, LatencyOptions, OpOptions, ThroughputOptions
 from .chat import chat
+from .doctor import DoctorOptions, doctor
 from .flags import with_fields, with_flags
 from .generate import generate
 from .lens import lens
@@ -63,6 +64,7 @@ app.command(cls=GroupedCommand)(with_flags(serve, ServeOptions, "Server"))
 app.command(cls=GroupedCommand)(with_flags(plan, PlanOptions, "Plan"))
 app.command(cls=GroupedCommand)(with_flags(simulate, SimulateOptions, "Simulation"))
 app.command(cls=GroupedCommand)(with_fields(replay, ReplayOptions))
+app.command(cls=GroupedCommand)(with_fields(doctor, DoctorOptions))
 
 _bench = typer.Typer(help="Measure a server, an engine, or single ops.", no_args_is_help=True, rich_markup_mode=None)
 _bench.command("serve", cls=GroupedCommand)(with_fields(bench_serve, BenchOptions))
