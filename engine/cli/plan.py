@@ -16,6 +16,7 @@ import typer
 from ..config import EngineConfig, setting_names
 from ..errors import ConfigError
 from ..resolve import flags
+from .bench_options import own_options
 from .endings import FAILED, OK
 from .flags import Options
 from .plan_options import PlanOptions, numbers
@@ -41,17 +42,16 @@ def plan(
     MODEL is a folder, a config.json, a bundled name, a .gguf file or a hub id; no weight is read. The engine's own
     settings can be given as for serve, and an engine allocates what is told here.
     """
-    own, config = PlanOptions.checked(options.own), options.config
+    own, config = own_options(PlanOptions, options.own), options.config
     if options.sampling:
         raise ConfigError("[sampling] is given; a plan does not depend on it")
     if model_name is not None:
         if options.names_model:
             raise ConfigError(f"the model is given twice: {model_name!a}, and {config.model!a}")
         config = dataclasses.replace(config, model=model_name)
-    from ..tools.plan import BATCH_SIZES, CONTEXTS, NoRoomError, make_plan, plan_json, read_model
+    contexts, batch_sizes = numbers("--context", own.context), numbers("--batch", own.batch)
+    from ..tools.plan import NoRoomError, make_plan, plan_json, read_model
 
-    contexts = CONTEXTS if own.context is None else numbers("--context", own.context)
-    batch_sizes = BATCH_SIZES if own.batch is None else numbers("--batch", own.batch)
     model = read_model(config.model)
     gpu = _gpu(own.gpu, config, model, quiet=options.quiet)
     try:
@@ -78,7 +78,10 @@ def plan(
 def _gpu(name: str, config: EngineConfig, model: ModelConfig, *, quiet: bool) -> Gpu:
     from ..tools.gpus import find_gpu
 
-    if name != "cpu":
+    device = "cpu" if name == "cpu" else "cuda"
+    if config.device not in ("auto", device):
+        raise ConfigError(f"device is {config.device!r} and --gpu is {name!r}; allowed: {device}, or auto")
+    if device == "cuda":
         return find_gpu(name)
     from ..tools.machine import measure_cpu
 
@@ -132,14 +135,14 @@ def _command(config: EngineConfig, way: Mapping[str, Any]) -> str:
 def plan_lines(found: Plan) -> list[str]:
     """Return a plan as text."""
     resolved, gpu, model = found.resolved, found.gpu, found.model
-    rate = gpu.flops[resolved.dtype]
     kv_bytes = resolved.kv_bytes_per_token
     what_if = "" if found.kv_cache_dtype == resolved.dtype else f" (what if: the engine stores {resolved.dtype} so far)"
     return [
-        f"{found.name}  {model.family}, {found.num_weights:,} weights in {resolved.dtype}, {model.num_layers} layers, "
+        found.name,
+        f"  model  {model.family}, {found.num_weights:,} weights in {resolved.dtype}, {model.num_layers} layers, "
         f"{model.num_q_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}",
-        f"{gpu.title}  {gpu.memory_bytes / GIB:,.1f} GiB, {gpu.bandwidth_bytes_per_s / 1e9:,.0f} GB/s, "
-        f"{rate / 1e12:,.4g} TFLOP/s in {resolved.dtype} ({gpu.source})",
+        f"  card   {gpu.title}, {gpu.memory_bytes / GIB:,.1f} GiB, {gpu.bandwidth_bytes_per_s / 1e9:,.0f} GB/s, "
+        f"{gpu.flops[resolved.dtype] / 1e12:,.4g} TFLOP/s in {resolved.dtype} ({gpu.source})",
         *_section("Memory", _memory(found)),
         f"KV: {kv_bytes:,} bytes per token in {found.kv_cache_dtype}{what_if}, {kv_bytes * resolved.block_size:,} per "
         f"block of {resolved.block_size}; {found.pool_tokens:,} tokens in {resolved.num_blocks:,} blocks",

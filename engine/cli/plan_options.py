@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import ConfigError, describe
 
@@ -16,7 +16,11 @@ KV_CACHE_DTYPES = ("int8", "float8_e4m3")
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """Where a model would run, and what to predict."""
+    """Where a model would run, and what to predict.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
 
     gpu: str = "cpu"
     """A card by name (h100, a100, l40s, 4090, ...; a wrong name lists all), a name with changes (h100,memory=40GiB), or
@@ -24,35 +28,29 @@ class PlanOptions:
     kv_cache_dtype: Literal["int8", "float8_e4m3"] | None = None
     """What if keys and values were stored so. The kernels read both; the engine stores its own dtype so far."""
     context: list[str] | None = None
-    """Lengths to predict, as in 2048,32768; not given: five, and the longest there is room for."""
+    """Lengths to predict, as in 2048,32768; not given: some, and the longest there is room for."""
     batch: list[str] | None = None
-    """Sequences that decode together, to predict; not given: five, and the most that run."""
+    """Sequences that decode together, to predict; not given: some, and the most that run."""
     json: Path | None = None
     """Write everything there as JSON too; - is stdout, and then the only thing there."""
 
-    @classmethod
-    def checked(cls, own: Mapping[str, Any]) -> PlanOptions:
-        """Build from flags.
-
-        Raises:
-            ConfigError: a value is not allowed.
-        """
-        options = cls(**own)
-        if options.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+    def __post_init__(self) -> None:
+        if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
             raise ConfigError(
-                f"--kv-cache-dtype is {describe(options.kv_cache_dtype)}; allowed: {', '.join(KV_CACHE_DTYPES)}"
+                f"--kv-cache-dtype is {describe(self.kv_cache_dtype)}; allowed: {', '.join(KV_CACHE_DTYPES)}"
             )
-        if options.json is not None and not options.json.parent.is_dir():
-            raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
-        return options
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ConfigError(f"--json {self.json}: there is no folder {self.json.parent}")
 
 
-def numbers(flag: str, words: Sequence[str]) -> list[int]:
-    """Return the numbers of a flag that is given several times, or once with commas.
+def numbers(flag: str, words: Sequence[str] | None) -> list[int] | None:
+    """Return the numbers of a flag that is given several times, or once with commas; None where it is not given.
 
     Raises:
         ConfigError: one is no integer above 0.
     """
+    if words is None:
+        return None
     found = ",".join(words).split(",")
     for word in found:
         if not word.strip().isdecimal() or not 0 < int(word) < 2**31:
