@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def profile_kernels(
     from octavo.kernels.aot.compile import default_cache
 
     from ..tools.bench.kernels import best_clock
+    from ..tools.profile.history import read_runs
     from ..tools.profile.kernels import KernelProfile
 
     model_name, history = split_words(words, options.history)
@@ -63,8 +65,7 @@ def profile_kernels(
         only=options.only.split(",") if options.only else (),
         clock=best_clock() if (_has_gpu() if options.time is None else options.time) else None,
     )
-    # Before minutes go into what shall be compared with them.
-    _check_history(history, profile.document)
+    read_runs(history, profile.document)  # before minutes go into what shall be compared with them
     with Interrupt() as interrupt:
         if options.compile:
             variants = profile.variants()
@@ -140,13 +141,8 @@ def _print_kernels(document: dict[str, Any]) -> None:
         Console(width=None if sys.stdout.isatty() else 240).print(make_table(document["rows"]))
     if document["calls"]:
         show("\n" + "\n".join(call_lines(document)))
-        show(f"at best: what {document['ceilings'][0]['name']} allows; measured is only what has a time")
-
-
-def _check_history(history: Sequence[Path], document: dict[str, Any]) -> None:
-    from ..tools.profile.history import read_runs
-
-    read_runs(history, document)
+        first = document["ceilings"][0]["name"]
+        show(f"at best: as the rates of the first ceiling allow ({first}); only what has a time was measured")
 
 
 def _finish(
@@ -160,7 +156,7 @@ def _finish(
 ) -> int:
     """Show and keep what was found, beside earlier runs; return the exit status."""
     from ..tools.profile import kernel_page, step_page
-    from ..tools.profile.history import machine_note, read_runs, trends
+    from ..tools.profile.history import KERNELS, machine_note, read_runs, trends
     from ..tools.profile.history_part import finding_lines
 
     runs = read_runs(history, document)
@@ -172,7 +168,7 @@ def _finish(
     if kept is not None and str(kept) != "-":
         kept.write_text(json.dumps(document) + "\n", encoding="utf-8")
     if html is not None:
-        make = kernel_page.kernel_page if "kernels" in document["format"] else step_page.step_page
+        make = kernel_page.kernel_page if document["format"] == KERNELS else step_page.step_page
         html.write_text(make(document, found, runs), encoding="utf-8")
     worse = finding_lines(found, runs)
     for line in worse:
@@ -197,9 +193,12 @@ def profile_step(
     Prompts are random tokens, answers have full length, and every round has new prompts; times of single steps are in
     the JSON, with the work each had to do.
     """
+    from ..tools.profile.history import STEP, read_runs
+
     own = StepOptions(**options.own)
     model_name, history = split_words(words, own.history)
     sizes = integers("--batch-size", own.batch_size)
+    read_runs(history, {"format": STEP, "about": {}})
     config = options.config
     if options.sampling:
         raise ConfigError("[sampling] is given; what is profiled is greedy")
@@ -209,6 +208,8 @@ def profile_step(
                 f"the model is given twice: {model_name!a}, and {config.model!a} with --model or --config"
             )
         config = dataclasses.replace(config, model=model_name)
+    if own.trace is not None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes of its stages to stderr
     llm = start_llm(config, quiet=options.quiet)
     from ..tools.profile.step_page import step_lines
     from ..tools.profile.steps import Load, StepProfile

@@ -1,10 +1,10 @@
 """This module holds runs beside earlier ones: the trend of every figure, and which have become worse. It does not know
 what was measured.
 
-A time counts as worse where the 95 % interval of its change since the run before (`of_repeats`) lies above zero, the
-change is at least 5 %, and the whole interval lies above what the machine itself has slowed down by, as its yardsticks
-(a copy, a matrix product) say. The last run is also compared with the first, as many small steps make a large one. A
-figure that is read, not timed, counts from the first unit.
+A time counts as worse where the 95 % interval of its change since the run before (`of_repeats`) lies above 5 %, and
+above what the machine itself has slowed down by, as its yardsticks (copies, a matrix product) say. The last run is also
+compared with the first, as many small steps make a large one. A figure that is read, not timed, counts from the first
+unit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from typing import Any
 from ...errors import ConfigError
 from ..bench.comparison import of_repeats
 
-__all__ = ["Finding", "Run", "Trend", "machine_note", "read_runs", "trends"]
+__all__ = ["KERNELS", "STEP", "Finding", "Run", "Trend", "machine_note", "read_runs", "trends"]
+
+KERNELS, STEP = "octavo profile kernels 1", "octavo profile step 1"
+"""What the `format` of a document may be."""
 
 MIN_CHANGE = 0.05
-"""Below this nothing is marked: two runs of the same code differ by so much."""
+"""Rounds of one run share what disturbs it, so that two runs of the same code differ by more than their intervals say:
+up to 3 % where other processes worked beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,11 @@ class Trend:
     spread: tuple[tuple[float, float], ...]
     """Least and largest round of each."""
     findings: tuple[Finding, ...]
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is a time, or a figure that has changed."""
+        return self.unit == "s" or len({value for _, value in self.points}) > 1
 
     @property
     def bad(self) -> set[int]:
@@ -144,6 +153,6 @@ def _compared(name: str, earlier: tuple[int, Run], later: tuple[int, Run]) -> Fi
         return None
     found = of_repeats(name, before["values"], after["values"])
     slower = new.slowness / old.slowness - 1
-    if found.low is None or found.low <= max(0.0, slower) or found.change < MIN_CHANGE:
+    if found.low is None or found.low <= max(MIN_CHANGE, slower):
         return None
     return Finding(name, at, old.name, found.old, found.new, found.low, found.high)

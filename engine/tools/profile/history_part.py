@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..report import Cell, Html, Page, Series, duration, line_chart, note, number, table
+from ..report import Cell, Html, Page, Series, details, duration, line_chart, note, number, table
 from ..report.markup import Value
 from .history import Finding, Run, Trend, machine_note
 
 __all__ = ["add_history", "finding_lines"]
 
-MAX_CHARTS = 24
 RULE = (
-    "Marked: a time whose 95 % interval of the change lies above zero and above what the machine itself has slowed "
-    "down by (a copy and a matrix product are timed in every run), if it is 5 % or more; the last run is compared with "
-    "the first, too. Bands reach from the fastest to the slowest round."
+    "Marked: a time whose change since the run before, with 95 % confidence, is more than 5 %, and more than the "
+    "machine itself has slowed down by (copies and a matrix product are timed in every run); the last run is compared "
+    "with the first, too. Bands reach from the fastest to the slowest round."
 )
 
 
@@ -49,11 +48,10 @@ def add_history(page: Page, trends: Sequence[Trend], runs: Sequence[Run]) -> Non
     parts: list[Html] = [told or note("Nothing has become worse."), note(RULE)]
     if text := machine_note(runs):
         parts.append(note(text))
-    moved = [trend for trend in trends if trend.unit == "s" or len({value for _, value in trend.points}) > 1]
-    moved.sort(key=lambda trend: not trend.findings)
-    parts += [_chart(trend, names) for trend in moved[:MAX_CHARTS]]
-    if len(moved) > MAX_CHARTS:
-        parts.append(note(f"{len(moved) - MAX_CHARTS} more figures are in the JSON; of none of them a run is marked."))
+    parts += [_chart(trend, names) for trend in trends if trend.findings]
+    others = [trend for trend in trends if not trend.findings and trend.moves]
+    if others:
+        parts.append(details(f"{len(others)} more figures", *(_chart(trend, names) for trend in others)))
     page.add("Beside earlier runs", *parts)
 
 
@@ -66,7 +64,7 @@ def _chart(trend: Trend, names: Sequence[str]) -> Html:
         trend.bad,
     )
     label = "µs" if trend.unit == "s" else trend.unit
-    return line_chart([line], title=trend.metric, x_label="", y_label=label, x_names=names)
+    return line_chart([line], title=trend.metric, x_label="", y_label=label, x_names=names, from_zero=True)
 
 
 def _show(value: float, trend: Trend) -> str:

@@ -93,10 +93,11 @@ def _add_calls(page: Page, document: Document) -> None:
     elif document["about"]["backend"] == "torch":
         text = (
             "The torch backend on this CPU, at small sizes and in float32: it says nothing of the kernels on a GPU. "
-            "What fits into the processor's cache can lie above the sloped line, which is that of memory."
+            "The upper slope is a copy within the processor's caches, where such small calls find most of what they "
+            "read, the lower one a copy in memory."
         )
     else:
-        text = "The first ceiling was measured in this run, by a copy and by a matrix product; others are data sheets'."
+        text = "One ceiling was measured in this run, by a copy and by a matrix product; others are data sheets'."
     page.add("Where the calls lie", roofline(points, ceilings), note(text))
     page.add(
         "Calls of one layer, and of the sampler", table(*_call_table(document), sortable=True), note(_floor(document))

@@ -24,13 +24,13 @@ from ..bench.kernels import Clock, Timed, prepare
 from ..gpus import find_gpu
 from ..report import Ceiling
 from .cases import FULL, SMALL, op_cases
-from .machine import describe_machine, measure_ceiling
+from .history import KERNELS
+from .machine import describe_machine, measure_ceilings
 
 __all__ = ["CARDS", "Document", "KernelProfile"]
 
 Document = dict[str, Any]
 
-FORMAT: Final = "octavo profile kernels 1"
 CARDS: Final = {"sm_80": "a100", "sm_89": "4090", "sm_90": "h100", "sm_100": "b200", "sm_120": "5090"}
 """The card whose data sheet stands for a target."""
 FOLLOWED: Final = ("spills", "loop_instructions")
@@ -78,7 +78,7 @@ class KernelProfile:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.document: Document = {
-            "format": FORMAT,
+            "format": KERNELS,
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "about": {
                 "model": name,
@@ -144,9 +144,9 @@ class KernelProfile:
             WrongResultError: a call computes something else than the reference.
         """
         assert self._clock is not None, "what is timed has a clock"
-        ceiling, self.document["yardsticks_s"] = measure_ceiling(self._clock, getattr(torch, self._model.dtype))
+        ceilings, self.document["yardsticks_s"] = measure_ceilings(self._clock, getattr(torch, self._model.dtype))
         sheets = [] if self._clock.device.type == "cpu" else self.document["ceilings"]
-        self.document["ceilings"] = [dataclasses.asdict(ceiling), *sheets]
+        self.document["ceilings"] = [*map(dataclasses.asdict, ceilings), *sheets]
         for one in self._describe_calls():
             yield prepare(one, self._clock)
 

@@ -20,13 +20,13 @@ from ...sampling_params import SamplingParams
 from ...step import SchedulerOutput
 from ..bench.kernels import best_clock
 from ..roofline import StepWork
-from .machine import describe_machine, measure_ceiling
+from .history import STEP
+from .machine import describe_machine, measure_ceilings
 from .probes import PARTS, attached
 from .spans import PartTime, Spans
 
 __all__ = ["Load", "StepProfile"]
 
-FORMAT: Final = "octavo profile step 1"
 NUM_CALIBRATED: Final = 2000
 NUM_TORCH_OPS: Final = 15
 
@@ -141,11 +141,11 @@ class StepProfile:
         clock = best_clock()
         engine = self._llm.engine
         resolved = engine.resolved
-        _, yardsticks = measure_ceiling(clock, getattr(torch, resolved.dtype))
+        _, yardsticks = measure_ceilings(clock, getattr(torch, resolved.dtype))
         groups = list(dict.fromkeys(step.group for step in self._steps))
         names = ("dtype", "device", "backend", "block_size", "invariant", "max_num_batched_tokens")
         return {
-            "format": FORMAT,
+            "format": STEP,
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "about": {
                 "model": engine.config.model,

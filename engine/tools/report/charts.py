@@ -63,6 +63,7 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     x_names: Sequence[str] | None = None,
+    from_zero: bool = False,
 ) -> Html:
     """Return lines over x.
 
@@ -72,15 +73,15 @@ def line_chart(
         x_label, y_label: of the axes, with units.
         log_x, log_y: by logarithms; values must be above 0.
         x_names: what to call x = 0, 1, 2, ...
+        from_zero: let y begin at 0, however far away that is.
     """
     lines = [Series(name, points) for name, points in series.items()] if isinstance(series, Mapping) else series
     points = [point for line in lines for point in line.points]
     if not points:
         return tag("p", f"{title}: nothing to draw" if title else "nothing to draw")
     x = make_axis(x_label, [x for x, _ in points], is_log=log_x, names=x_names)
-    y = make_axis(
-        y_label, [y for _, y in points] + [y for line in lines for ends in line.band for y in ends], is_log=log_y
-    )
+    ys = [y for _, y in points] + [y for line in lines for ends in line.band for y in ends]
+    y = make_axis(y_label, [*ys, 0.0] if from_zero else ys, is_log=log_y)
 
     def draw(frame: Frame) -> str:
         return "".join(_line(frame, line, i % NUM_COLOURS) for i, line in enumerate(lines))

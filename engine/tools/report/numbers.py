@@ -15,11 +15,8 @@ def number(value: float) -> str:
         return f"{value:,}"
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    if digits > 6:
-        return f"{value:.2e}"
-    rounded = round(value, digits)
-    return f"{rounded:,.{max(digits, 0)}f}" if abs(rounded) < 1e15 else f"{value:.2e}"
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:,.{max(2 - exponent, 0)}f}" if -5 < exponent < 15 else f"{value:.2e}"
 
 
 def quantity(value: float, unit: str = "") -> str:
