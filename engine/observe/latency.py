@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,12 +18,16 @@ NAN = float("nan")
 
 
 class Latencies(NamedTuple):
-    """What the tokens of one step had taken, in seconds."""
+    """What the tokens of some steps had taken, in seconds; and when each was there."""
 
     first_s: FloatArray
     """[num_first] from arrival to first token."""
+    first_at_s: FloatArray
+    """[num_first]"""
     gaps_s: FloatArray
     """[num_others] since the sequence's last token, time in the queue after preemption included."""
+    gaps_at_s: FloatArray
+    """[num_others]"""
 
 
 @dataclass(slots=True)
@@ -39,7 +44,7 @@ class Progress:
 
 
 class TokenTimes:
-    """Follows every sequence that has not ended; a step costs a few numpy calls, however many rows it had."""
+    """Follows every sequence that has not ended; any number of steps and rows costs the same few numpy calls."""
 
     def __init__(self) -> None:
         self.alive: dict[tuple[str, int], Progress] = {}
@@ -74,24 +79,34 @@ class TokenTimes:
             del self.alive[key]
         return progress
 
-    def on_step(self, event: StepEvent, now_s: float) -> Latencies:
-        """Take a step and return what its tokens had taken; of a sequence that began unseen, only its later tokens.
+    def on_steps(self, steps: Sequence[tuple[StepEvent, float]]) -> Latencies:
+        """Take steps between which nothing happened to any sequence, and return what their tokens had taken.
+
+        Of a sequence that began unseen only its later tokens count.
 
         Args:
-            event: the step.
-            now_s: when its tokens were there, to the user.
+            steps: in order, each with the time when its tokens were there, to the user.
         """
-        rows = event.rows[event.sampled]
+        rows = np.concatenate([event.rows[event.sampled] for event, _ in steps])
         if len(rows) == 0:
-            return Latencies(np.empty(0), np.empty(0))
+            return Latencies(*(np.empty(0) for _ in range(4)))
         self._make_room(int(rows.max()))
-        last_s = self._last_s[rows]
+        at_s = np.repeat([now_s for _, now_s in steps], [len(event.sampled) for event, _ in steps])
+        # Sixteen bits are sorted by counting.
+        order = np.argsort(rows.astype(np.uint16) if len(self._last_s) <= 1 << 16 else rows, kind="stable")
+        rows, at_s = rows[order], at_s[order]
+        # Of each row the first of these tokens, and the last.
+        is_new = np.concatenate(([True], rows[1:] != rows[:-1]))
+        is_last = np.concatenate((is_new[1:], [True]))
+        last_s = np.concatenate(([NAN], at_s[:-1]))
+        last_s[is_new] = self._last_s[rows[is_new]]
+        self._last_s[rows[is_last]] = at_s[is_last]
         is_first = np.isnan(last_s)
-        self._last_s[rows] = now_s
-        first_rows = rows[is_first]
-        self._first_s[first_rows] = now_s
-        first_s = now_s - self._arrived_s[first_rows]
-        return Latencies(first_s[~np.isnan(first_s)], now_s - last_s[~is_first])
+        first_rows, first_at_s = rows[is_first], at_s[is_first]
+        self._first_s[first_rows] = first_at_s
+        first_s = first_at_s - self._arrived_s[first_rows]
+        is_known, at_s, last_s = ~np.isnan(first_s), at_s[~is_first], last_s[~is_first]
+        return Latencies(first_s[is_known], first_at_s[is_known], at_s - last_s, at_s)
 
     def _make_room(self, row: int) -> None:
         if row >= len(self._last_s):

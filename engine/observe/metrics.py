@@ -20,7 +20,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from ..errors import ConfigError, describe
 from ..events import EventKind, RequestEvent, StepEvent
 from ..step import FinishReason
-from .latency import Progress, TokenTimes
+from .latency import Latencies, Progress, TokenTimes
 from .series import Collector, Series
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
@@ -37,14 +37,14 @@ RATES_WINDOW_S = 5.0
 MAX_PENDING_STEPS = 64
 
 
-class _Moment(NamedTuple):
-    """What one step brought, for the rates of the last seconds."""
+class _Moments(NamedTuple):
+    """What some steps brought, for the rates of the last seconds."""
 
-    time_s: float
-    num_prefill_tokens: int
-    num_output_tokens: int
-    first_s: npt.NDArray[np.float64]
-    gaps_s: npt.NDArray[np.float64]
+    at_s: npt.NDArray[np.float64]
+    """[num_steps] when."""
+    num_prefill_tokens: npt.NDArray[np.int64]
+    num_output_tokens: npt.NDArray[np.int64]
+    latencies: Latencies
 
 
 class Metrics:
@@ -82,7 +82,7 @@ class Metrics:
         """By request: choices that have arrived, and those of them that have ended."""
         self._pending: list[tuple[StepEvent, float]] = []
         """Steps that are not counted yet, and when they were there, to the user."""
-        self._moments: deque[_Moment] = deque()
+        self._moments: deque[_Moments] = deque()
         self._rates: tuple[int, float, dict[str, Any]] | None = None
         self._num_steps = 0
         self._series = _engine_series(prefix, max_model_len)
@@ -181,30 +181,34 @@ class Metrics:
     def on_step(self, event: StepEvent) -> None:
         """Take a step that has ended.
 
-        It is counted later, with others: a step between two waits for the engine finds nothing of this in the CPU's
-        caches, and takes five times as long (90 µs against 20 on the development machine).
+        It is counted later, together with others: counting one costs as much as counting many, and between two waits
+        for the engine nothing of this is in the CPU's caches (90 µs a step against 20 of many one by one, and 3 of many
+        at once, on the development machine).
         """
         self._pending.append((event, event.end_s if self._clock is None else self._clock()))
         if len(self._pending) == MAX_PENDING_STEPS:
             self._count_pending()
 
     def _count_pending(self) -> None:
+        if not self._pending:
+            return
         pending, self._pending = self._pending, []
-        for event, now_s in pending:
-            self._count_step(event, now_s)
-
-    def _count_step(self, event: StepEvent, now_s: float) -> None:
-        latencies = self._times.on_step(event, now_s)
-        series, counts, num_sampled = self._series, event.num_scheduled_tokens, len(event.sampled)
-        series["generation_tokens"].add(num_sampled)
-        series["iteration_tokens_total"].histogram().add(float(counts.sum()))
+        latencies, series, num_steps = self._times.on_steps(pending), self._series, len(pending)
+        counts = np.concatenate([event.num_scheduled_tokens for event, _ in pending])
+        steps = np.repeat(np.arange(num_steps), [len(event.num_scheduled_tokens) for event, _ in pending])
+        num_prefilled = np.bincount(steps, np.where(counts > 1, counts, 0), num_steps).astype(np.int64)
+        num_sampled = np.array([len(event.sampled) for event, _ in pending])
+        series["generation_tokens"].add(int(num_sampled.sum()))
+        series["iteration_tokens_total"].histogram().add_all(np.bincount(steps, counts, num_steps).astype(np.float64))
         series["time_to_first_token_seconds"].histogram().add_all(latencies.first_s)
         series["inter_token_latency_seconds"].histogram().add_all(latencies.gaps_s)
+        event, now_s = pending[-1]
         series["kv_cache_usage_perc"].set(1 - event.num_free_blocks / self._num_blocks)
-        series["num_failed_steps"].add(bool(event.failed))
-        self._num_steps += 1
-        self._moments.append(_Moment(now_s, int(counts[counts > 1].sum()), num_sampled, *latencies))
-        while self._moments[0].time_s < now_s - RATES_WINDOW_S:
+        series["num_failed_steps"].add(sum(bool(event.failed) for event, _ in pending))
+        self._num_steps += num_steps
+        at_s = np.array([now_s for _, now_s in pending])
+        self._moments.append(_Moments(at_s, num_prefilled, num_sampled, latencies))
+        while self._moments[0].at_s[-1] < now_s - RATES_WINDOW_S:
             self._moments.popleft()
 
     def rates(self, now_s: float) -> dict[str, Any]:
@@ -221,15 +225,19 @@ class Metrics:
         known = self._rates
         if known is not None and known[0] == self._num_steps and now_s - known[1] < 1:
             return known[2]
-        moments = [moment for moment in self._moments if moment.time_s >= now_s - RATES_WINDOW_S]
+        start_s, moments = now_s - RATES_WINDOW_S, self._moments
         queries = self._series["prefix_cache_queries"].values[()]
+        num_steps = sum(int((each.at_s >= start_s).sum()) for each in moments)
+        num_prefilled = sum(int(each.num_prefill_tokens[each.at_s >= start_s].sum()) for each in moments)
+        num_sampled = sum(int(each.num_output_tokens[each.at_s >= start_s].sum()) for each in moments)
+        latencies = [each.latencies for each in moments]
         rates = {
             "window_s": RATES_WINDOW_S,
-            "prefill_tokens_per_s": round(sum(moment.num_prefill_tokens for moment in moments) / RATES_WINDOW_S, 3),
-            "decode_tokens_per_s": round(sum(moment.num_output_tokens for moment in moments) / RATES_WINDOW_S, 3),
-            "steps_per_s": round(len(moments) / RATES_WINDOW_S, 3),
-            "ttft_s": _percentiles([moment.first_s for moment in moments]),
-            "itl_s": _percentiles([moment.gaps_s for moment in moments]),
+            "prefill_tokens_per_s": round(num_prefilled / RATES_WINDOW_S, 3),
+            "decode_tokens_per_s": round(num_sampled / RATES_WINDOW_S, 3),
+            "steps_per_s": round(num_steps / RATES_WINDOW_S, 3),
+            "ttft_s": _percentiles([each.first_s[each.first_at_s >= start_s] for each in latencies]),
+            "itl_s": _percentiles([each.gaps_s[each.gaps_at_s >= start_s] for each in latencies]),
             "prefix_hit_rate": round(self._series["prefix_cache_hits"].values[()] / queries, 6) if queries else None,
         }
         self._rates = (self._num_steps, now_s, rates)

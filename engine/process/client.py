@@ -34,11 +34,7 @@ class _Receiver(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand on every message that is complete."""
-        try:
-            for content in self._frames.feed(data):
-                self._link._receive(from_engine(content))
-        except Exception as error:
-            self._link._broken(error)
+        self._link._receive(map(from_engine, self._frames.feed(data)))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Look what has become of the process."""

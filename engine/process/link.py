@@ -8,14 +8,26 @@ import asyncio
 import importlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 from ..config import EngineConfig
 from ..errors import EngineDeadError
 from ..startup import Engine
 from ..text import Tokenizer
-from .messages import Died, EngineInfo, FromEngine, PhaseBegan, Ready, StartFailed, ToEngine, WeightsRead
+from .messages import (
+    Died,
+    EngineInfo,
+    FromEngine,
+    Heartbeat,
+    News,
+    PhaseBegan,
+    Ready,
+    Reply,
+    StartFailed,
+    ToEngine,
+    WeightsRead,
+)
 
 __all__ = ["START_ENGINE", "EngineFactory", "EngineLink", "find_factory"]
 
@@ -38,6 +50,7 @@ class EngineLink(ABC):
 
     Args:
         on_message: gets every message of the running engine, in order.
+        on_pause: called after messages that came together, once the engine runs.
         on_lost: called once, with the reason, when the engine is gone although nobody closed the line.
         on_phase, on_weights: see `start_engine`.
     """
@@ -45,11 +58,13 @@ class EngineLink(ABC):
     def __init__(
         self,
         on_message: Callable[[FromEngine], None],
+        on_pause: Callable[[], None],
         on_lost: Callable[[str], None],
         on_phase: Callable[[str], None] | None,
         on_weights: Callable[[int, int], None] | None,
     ) -> None:
         self._on_message = on_message
+        self._on_pause = on_pause
         self._on_lost = on_lost
         self._on_phase = on_phase
         self._on_weights = on_weights
@@ -94,10 +109,13 @@ class EngineLink(ABC):
     async def close(self, timeout_s: float) -> None:
         """End the engine, by force where it has not ended by itself in time; a second call does nothing."""
 
-    def _receive(self, message: FromEngine) -> None:
-        """Act on a message; a fault in doing so ends the start or the line, since what the message said is lost."""
+    def _receive(self, messages: Iterable[FromEngine]) -> None:
+        """Act on messages; a fault in doing so ends the start or the line, since what a message said is lost."""
         try:
-            self._act(message)
+            for message in messages:
+                self._act(message)
+            if self._is_started:
+                self._on_pause()
         except Exception as error:
             self._broken(error)
 
@@ -110,6 +128,8 @@ class EngineLink(ABC):
 
     def _act(self, message: FromEngine) -> None:
         match message:
+            case News() | Heartbeat() | Reply():
+                self._on_message(message)
             case PhaseBegan():
                 if self._on_phase is not None:
                     self._on_phase(message.name)
@@ -125,8 +145,6 @@ class EngineLink(ABC):
                     self._ready.set_exception(message.error())
             case Died():
                 self._lost(message.reason)
-            case _:
-                self._on_message(message)
 
     def _lost(self, reason: str) -> None:
         """Tell whoever waits that the engine is gone; only the first reason counts."""

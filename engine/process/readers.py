@@ -14,7 +14,10 @@ from ..step import FinishReason, RequestOutput
 from ..text.output_processor import OutputProcessor
 from .messages import Abort, Finish, News, ToEngine
 
-__all__ = ["Reader", "Readers"]
+__all__ = ["Push", "Reader", "Readers"]
+
+Push = Callable[[RequestOutput], bool]
+"""Takes news at once, or returns False and has changed nothing."""
 
 
 class Reader:
@@ -23,18 +26,18 @@ class Reader:
     Args:
         output: the answer.
         is_told_all: whether every token is news, or only the end.
+        push: see `AsyncLLM.generate`.
     """
 
-    __slots__ = ("_waiter", "error", "has_news", "is_told_all", "last_batch", "num_missed", "output")
+    __slots__ = ("_push", "_waiter", "error", "has_news", "is_told_all", "num_missed", "output")
 
-    def __init__(self, output: RequestOutput, is_told_all: bool) -> None:
+    def __init__(self, output: RequestOutput, is_told_all: bool, push: Push | None = None) -> None:
         self.output = output
         self.is_told_all = is_told_all
+        self._push = push
         self.has_news = False
         self.num_missed = 0
         """Times that news came since the reader last took some."""
-        self.last_batch = -1
-        """When they last came."""
         self.error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -47,6 +50,7 @@ class Reader:
                     raise self.error
                 self._waiter = loop.create_future()
                 await self._waiter
+                self._waiter = None
                 continue
             self.has_news = False
             self.num_missed = 0
@@ -60,6 +64,17 @@ class Reader:
         """Wake the reader if it waits."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def takes(self) -> bool:
+        """Offer the news to who has nothing else to do; whether that was all."""
+        waits = self._waiter is not None and not self._waiter.done()
+        if self._push is None or self.output.finished or not waits:
+            return False
+        try:
+            return self._push(self.output)
+        except Exception as error:
+            self.fail(error)
+            return True
 
     def fail(self, error: Exception) -> None:
         """End the stream, after what is still unread; the first error counts."""
@@ -84,8 +99,8 @@ class Readers:
         self._readers: dict[str, Reader] = {}
         self._leaving: dict[str, list[asyncio.Future[None]]] = {}
         """Requests that the engine was told to abort and may still hold; who waits for it to say that it does not."""
-        self._batch = 0
-        self._batch_is_open = False
+        self._due: dict[str, Reader] = {}
+        """Those who are told something when all messages that came together have been taken."""
         self._is_over = False
         self._none_left = asyncio.Event()
 
@@ -95,9 +110,9 @@ class Readers:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._readers
 
-    def add(self, output: RequestOutput, is_told_all: bool) -> Reader:
+    def add(self, output: RequestOutput, is_told_all: bool, push: Push | None = None) -> Reader:
         """Expect news of an answer that `texts` grows."""
-        reader = self._readers[output.request_id] = Reader(output, is_told_all)
+        reader = self._readers[output.request_id] = Reader(output, is_told_all, push)
         return reader
 
     def remove(self, reader: Reader) -> None:
@@ -134,11 +149,7 @@ class Readers:
             await self._none_left.wait()
 
     def take(self, news: News) -> None:
-        """Tell everybody what concerns them."""
-        if not self._batch_is_open:
-            # All that comes before readers get their turn counts once: a busy event loop is not a slow reader.
-            self._batch_is_open = True
-            self._loop.call_soon(self._close_batch)
+        """Take in what has come; readers are told of it by `deliver`."""
         for refusal in news.refusals:
             refused = self._readers.get(refusal.request_id)
             if refused is not None:
@@ -151,20 +162,27 @@ class Readers:
         for output in changed:
             reader = self._readers[output.request_id]
             if reader.is_told_all or output.finished:
-                reader.has_news = True
-                if reader.last_batch != self._batch:
-                    reader.last_batch = self._batch
-                    reader.num_missed += 1
-                    if reader.num_missed > self._max_unread:
-                        self._cut_off(reader)
-                reader.tell()
+                self._due[output.request_id] = reader
         for request_id in news.aborted:
             for gone in self._leaving.pop(request_id, ()):
                 if not gone.done():
                     gone.set_result(None)
 
+    def deliver(self) -> None:
+        """Tell everybody what concerns them; what came together counts once: a busy event loop is no slow reader."""
+        due, self._due = self._due, {}
+        for reader in due.values():
+            if not reader.has_news and reader.takes():
+                continue
+            reader.has_news = True
+            reader.num_missed += 1
+            if reader.num_missed > self._max_unread:
+                self._cut_off(reader)
+            reader.tell()
+
     def end(self, reason: str) -> None:
         """Fail everybody who waits: the engine is gone."""
+        self.deliver()
         self._is_over = True
         for reader in self._readers.values():
             if not reader.output.finished:
@@ -185,10 +203,6 @@ class Readers:
                 answer = reader.output.outputs[event.choice]
                 if isinstance(answer.stop_reason, str):
                     events[place] = event._replace(detail=FinishReason.STOP.value, num_tokens=len(answer.token_ids))
-
-    def _close_batch(self) -> None:
-        self._batch += 1
-        self._batch_is_open = False
 
     def _send_abort(self, request_id: str) -> None:
         self._leaving[request_id] = []

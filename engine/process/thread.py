@@ -37,7 +37,7 @@ MAX_UNREAD = 64
 class _Outbox:
     """Hands messages to an event loop, waking it once for all that have come together."""
 
-    def __init__(self, receive: Callable[[FromEngine], None]) -> None:
+    def __init__(self, receive: Callable[[list[FromEngine]], None]) -> None:
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._unread: list[FromEngine] = []
@@ -74,8 +74,7 @@ class _Outbox:
         with self._changed:
             unread, self._unread = self._unread, []
             self._changed.notify_all()
-        for message in unread:
-            self._receive(message)
+        self._receive(unread)
 
 
 class ThreadLink(EngineLink):

@@ -97,12 +97,21 @@ class Connection(H11Protocol):
         self._watch_reading(sent_something=True)
 
     async def write_chunk(self, data: bytes) -> None:
-        """Send a piece, which may not be empty, of a body that has begun and is chunked.
+        """Send a piece, which may not be empty, of a body that has begun and is chunked."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+        self.write_now(data)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the client reads what it is sent."""
+        return not self.flow.write_paused
+
+    def write_now(self, data: bytes) -> None:
+        """Send a piece as `write_chunk` does, whether the client reads or not.
 
         It goes past h11, whose checks of each piece cost as much as all else that a stream does for one.
         """
-        if self.flow.write_paused:
-            await self.flow.drain()
         if not self.cycle.disconnected:
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from ..errors import RequestError
+from ..process.readers import Push
 from ..sampling_params import SamplingParams
 from ..step import FinishReason, RequestOutput
 from .body import Disconnected, send_response
@@ -100,7 +101,8 @@ async def answer(context: Context, scope: Scope, receive: Receive, send: Send, p
                 if work.stream:
                     stream = EventStream(scope, send, limits.ping_s, lambda: ticket.admitted)
                 outputs: list[Any] = [None] * len(ids)
-                async with aclosing(_outputs(context, work, ids, exchange)) as news:
+                pusher = _Pusher(stream, form) if stream is not None and len(ids) == 1 else None
+                async with aclosing(_outputs(context, work, ids, exchange, pusher)) as news:
                     opening = form.opening() if stream is not None else b""
                     async for prompt, output in news:
                         _check_outcome(output)
@@ -108,6 +110,8 @@ async def answer(context: Context, scope: Scope, receive: Receive, send: Send, p
                         if stream is not None and (events := opening + form.news(prompt, output)):
                             opening = b""
                             await stream.write(events)
+                            if pusher is not None:
+                                pusher.is_open = True
                 exchange.num_output_tokens = num_output_tokens(outputs)
                 if stream is not None:
                     await stream.write(form.closing(outputs) + DONE)
@@ -156,7 +160,25 @@ def _engine_ids(work: Work) -> list[str]:
     return ids or [work.answer_id]
 
 
-def _outputs(context: Context, work: Work, ids: Sequence[str], exchange: Exchange) -> Outputs:
+class _Pusher:
+    """Sends news as they come, where the stream's task would do no more than that."""
+
+    def __init__(self, stream: EventStream, form: Answer) -> None:
+        self._stream = stream
+        self._form = form
+        self.is_open = False
+        """What comes before the news has been sent."""
+
+    def __call__(self, output: RequestOutput) -> bool:
+        if not (self.is_open and self._stream.may_write):
+            return False
+        _check_outcome(output)
+        if events := self._form.news(0, output):
+            self._stream.write_now(events)
+        return True
+
+
+def _outputs(context: Context, work: Work, ids: Sequence[str], exchange: Exchange, push: Push | None = None) -> Outputs:
     generators = [
         context.llm.generate(
             prompt.token_ids,
@@ -168,6 +190,7 @@ def _outputs(context: Context, work: Work, ids: Sequence[str], exchange: Exchang
             more_stops=work.more_stops,
             cache_domain=exchange.cache_domain,
             arrived_s=exchange.started_s,
+            push=push,
         )
         for engine_id, prompt in zip(ids, work.prompts, strict=True)
     ]

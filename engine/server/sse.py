@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from .connection import CONNECTION
+from .connection import CONNECTION, Connection
 from .errors import HTTPError, error_body
 from .exchange import Message, Scope, Send
 
@@ -45,6 +45,7 @@ class EventStream:
     def __init__(self, scope: Scope, send: Send, ping_s: float, has_begun: Callable[[], bool] = lambda: True) -> None:
         self._send = send
         connection = scope.get(CONNECTION) if scope["http_version"] == "1.1" and scope["method"] != "HEAD" else None
+        self._connection: Connection | None = connection
         self._write_chunk = self._send_body if connection is None else connection.write_chunk
         self._ping_s = ping_s
         self._has_begun = has_begun
@@ -62,6 +63,17 @@ class EventStream:
         if not self.started:
             await self._start()
         await self._write_chunk(events)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether `write_now` may be called, while nobody waits in another method."""
+        return self._ping is None and self._connection is not None and self._connection.may_write
+
+    def write_now(self, events: bytes) -> None:
+        """Send events without a task that may wait."""
+        assert self._connection is not None, "nothing but a connection takes what is not waited for"
+        self._last_s = self._loop.time()
+        self._connection.write_now(events)
 
     async def end(self) -> None:
         """Send the end of the response."""

@@ -88,7 +88,9 @@ def test_live(fake: Running) -> None:
         sock.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         data = b""
         while data.count(b"data: ") < 3:
-            data += sock.recv(65536)
+            part = sock.recv(65536)
+            assert part, "the live view has ended"
+            data += part
     first = json.loads(data.split(b"data: ")[1].partition(b"\n\n")[0])
     assert {"steps", "requests", "kv", "rates"} <= first.keys()
 
