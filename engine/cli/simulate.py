@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ import typer
 
 from ..config import EngineConfig
 from ..errors import ConfigError
-from .bench_options import objectives_from
+from .bench_options import objectives_from, own_options
 from .endings import FAILED, OK
 from .flags import Options
 from .simulate_options import SimulateOptions
@@ -47,8 +46,7 @@ def simulate(
     burst:size=64,every=10,n=640, a file of JSON lines with arrival_s, prompt_tokens or prompt, and output_tokens, a
     ShareGPT file, or a recording of octavo serve.
     """
-    known = {each.name for each in fields(SimulateOptions)}
-    own = SimulateOptions(**{name: value for name, value in options.own.items() if name in known})
+    own = own_options(SimulateOptions, options.own)
     # As in bench, --goodput ttft:200 tpot:50 may name several; what follows the first arrives as an argument.
     goodput = objectives_from([*(own.goodput or ()), *(more_objectives or ())])
     if options.config.device != "auto":
