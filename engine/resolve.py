@@ -104,7 +104,7 @@ def resolve(
     try:
         return _resolve(config, model, hardware, kv_cache_dtype)
     except CapacityError as error:
-        ways = [flags(way) for way in ways_to_fit(config, model, hardware, kv_cache_dtype)]
+        ways = [flags(way) for way in ways_to_fit(config, model, hardware)]
         more = " or ".join(ways) or "a smaller model, or a machine with more memory"
         raise CapacityError(f"{error}; try {more}") from None
 
@@ -118,17 +118,12 @@ def flags(settings: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def ways_to_fit(
-    config: EngineConfig,
-    model: ModelConfig,
-    hardware: Hardware,
-    kv_cache_dtype: CacheDTypeName | None = None,
-) -> list[dict[str, Any]]:
+def ways_to_fit(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> list[dict[str, Any]]:
     """Return at most three changes of settings, each of which makes what does not fit fit, the mildest first."""
     ways: list[dict[str, Any]] = []
     for way in _changes(config, model):
         try:
-            resolved = _resolve(_changed(config, way), model, hardware, kv_cache_dtype)
+            resolved = _resolve(_changed(config, way), model, hardware, None)
         except (CapacityError, ConfigError):
             continue
         found = {name: getattr(resolved, name, value) if value is None else value for name, value in way.items()}

@@ -136,7 +136,6 @@ def plan_lines(found: Plan) -> list[str]:
     """Return a plan as text."""
     resolved, gpu, model = found.resolved, found.gpu, found.model
     kv_bytes = resolved.kv_bytes_per_token
-    what_if = "" if found.kv_cache_dtype == resolved.dtype else f" (what if: the engine stores {resolved.dtype} so far)"
     return [
         found.name,
         f"  model  {model.family}, {found.num_weights:,} weights in {resolved.dtype}, {model.num_layers} layers, "
@@ -144,8 +143,9 @@ def plan_lines(found: Plan) -> list[str]:
         f"  card   {gpu.title}, {gpu.memory_bytes / GIB:,.1f} GiB, {gpu.bandwidth_bytes_per_s / 1e9:,.0f} GB/s, "
         f"{gpu.flops[resolved.dtype] / 1e12:,.4g} TFLOP/s in {resolved.dtype} ({gpu.source})",
         *_section("Memory", _memory(found)),
-        f"KV: {kv_bytes:,} bytes per token in {found.kv_cache_dtype}{what_if}, {kv_bytes * resolved.block_size:,} per "
+        f"KV: {kv_bytes:,} bytes per token in {found.kv_cache_dtype}, {kv_bytes * resolved.block_size:,} per "
         f"block of {resolved.block_size}; {found.pool_tokens:,} tokens in {resolved.num_blocks:,} blocks",
+        *([] if found.kv_cache_dtype == resolved.dtype else [f"What if: the engine stores {resolved.dtype} so far"]),
         *_section("Sequences at once", _concurrency(found)),
         f"Longest: {resolved.max_model_len:,} tokens of the model's {model.max_position:,}",
         *_section(f"Predicted prefill, one prompt in chunks of {resolved.max_num_batched_tokens:,}", _prefills(found)),

@@ -164,7 +164,7 @@ def make_plan(
     try:
         resolved = resolve(config, model, hardware, kv_cache_dtype=kv_cache_dtype)
     except CapacityError as error:
-        ways = ways_to_fit(config, model, hardware, kv_cache_dtype)
+        ways = ways_to_fit(config, model, hardware)
         raise NoRoomError(str(error).partition("; try")[0], ways, _fitting_gpus(config, model)) from None
     if gpu.flops.get(resolved.dtype) is None:
         raise ConfigError(f"dtype is {resolved.dtype}; allowed: {', '.join(gpu.flops)}, whose rate is known")

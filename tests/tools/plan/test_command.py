@@ -140,8 +140,16 @@ def test_what_cannot_be_planned(plan: Run, words: list[str], said: str) -> None:
 
 def test_a_what_if_is_called_one(plan: Run) -> None:
     ran = plan(LLAMA, "--gpu", "h100", "--kv-cache-dtype", "int8")
-    assert "KV: 67,584 bytes per token in int8 (what if: the engine stores bfloat16 so far)" in ran.out
+    assert "KV: 67,584 bytes per token in int8, " in ran.out
+    assert "\nWhat if: the engine stores bfloat16 so far\n" in ran.out
     assert "int8*" in next(line for line in ran.out.splitlines() if "<- this plan" in line)
+
+
+def test_what_does_not_even_fit_so_is_offered_what_the_engine_can_do(plan: Run) -> None:
+    words = (LLAMA, "--gpu", "3090", "--max-model-len", "131072")
+    ran = plan(*words, "--kv-cache-dtype", "int8")
+    assert ran.status == 1
+    assert ran.err.partition("\n")[2] == plan(*words).err.partition("\n")[2]
 
 
 def test_a_server_s_file_serves_for_a_plan(plan: Run, tmp_path: Path) -> None:
