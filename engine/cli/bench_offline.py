@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .bench_options import LatencyOptions, ThroughputOptions, own_options
+from .bench_options import LatencyOptions, ThroughputOptions
 from .bench_results import Results, check_no_sampling, engine_facts
 from .endings import INTERRUPTED, OK, Interrupt
-from .flags import Options
+from .flags import Options, own_options
 from .progress import GenerationBar, Speed
 from .startup_lines import start_llm
 from .terminal import error_line

@@ -7,15 +7,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, describe
 from ..strict_json import parse_json
 
 if TYPE_CHECKING:
     from ..tools.load import Load
-
-Kind = TypeVar("Kind", "ThroughputOptions", "LatencyOptions")
 
 __all__ = [
     "OBJECTIVES",
@@ -24,7 +22,6 @@ __all__ = [
     "OpOptions",
     "ThroughputOptions",
     "objectives_from",
-    "own_options",
 ]
 
 OBJECTIVES = ("ttft", "tpot", "e2el")
@@ -240,12 +237,6 @@ class OpOptions:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-
-
-def own_options(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
-    """Return a verb's own flags, checked; what else octavo.toml holds for a server is not its business."""
-    names = {each.name for each in fields(kind)}
-    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def objectives_from(words: Sequence[str]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -23,7 +23,12 @@ from ..strict_json import parse_json
 from .endings import run_to_end
 from .octavo_toml import read_octavo_toml
 
-__all__ = ["Options", "parameter_from_text", "with_fields", "with_flags"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["Options", "own_options", "parameter_from_text", "with_fields", "with_flags"]
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 FILE_ONLY = ("seed",)
 """Settings that, besides faults, only octavo.toml has: `--seed` is a request's."""
@@ -69,6 +74,20 @@ class Options:
             named = f"{model!a}, and {self.config.model!a} with --model or --config"
             raise ConfigError(f"the model is given twice: {named}")
         return replace(self.config, model=model)
+
+
+def own_options(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Return a verb's own flags, checked; what else octavo.toml holds for a server is not its business.
+
+    Args:
+        kind: the dataclass that `with_flags` was given.
+        values: `Options.own`.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    names = {each.name for each in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def with_flags(verb: Callable[..., int], own: type | None = None, panel: str = "") -> Callable[..., None]:

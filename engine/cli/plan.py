@@ -16,9 +16,8 @@ import typer
 from ..config import EngineConfig, setting_names
 from ..errors import ConfigError
 from ..resolve import flags
-from .bench_options import own_options
 from .endings import FAILED, OK
-from .flags import Options
+from .flags import Options, own_options
 from .plan_options import PlanOptions, numbers
 from .terminal import error_line, show, stderr
 

@@ -14,9 +14,9 @@ import typer
 
 from ..config import EngineConfig
 from ..errors import ConfigError
-from .bench_options import objectives_from, own_options
+from .bench_options import objectives_from
 from .endings import FAILED, OK
-from .flags import Options
+from .flags import Options, own_options
 from .simulate_options import SimulateOptions
 from .terminal import error_line, show, stderr
 
