@@ -23,6 +23,8 @@ __all__ = ["Results", "check_no_sampling", "engine_facts"]
 CAPTION = """\
 geometric means of rounds; intervals: Welch's t on their logarithms; what else differs between two runs they cannot
 show, but for the yardstick, which is the same work every time: where it differs, the machine does"""
+YARDSTICK = "yardstick, ms"
+MOVED = {"higher": "longer", "lower": "less"}
 Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], "Sequence[Difference]"]
 
 
@@ -90,11 +92,11 @@ class Results:
         found = list(changes(old, result))
         if old.get("yardstick_s"):
             times = [[1000 * seconds for seconds in each["yardstick_s"]] for each in (old, result)]
-            found.append(of_repeats("yardstick, ms", *times))
+            found.append(of_repeats(YARDSTICK, *times))
         show("\n".join(difference_lines(found, CAPTION)))
-        if not self._quiet and old.get("machine") != result["machine"]:
-            where = _differing(old.get("machine", {}), result["machine"]) or "a machine it does not name"
-            stderr().print(f"the old result was measured elsewhere: {where}", style="yellow")
+        if not self._quiet:
+            for line in _cautions(old, result, found):
+                stderr().print(line, style="yellow")
 
     def save(self) -> None:
         """Write what was kept, if that was asked for; one result as it is, several as a list."""
@@ -102,6 +104,25 @@ class Results:
             return
         kept = self._kept[0] if len(self._kept) == 1 else self._kept
         self._save_to.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+
+
+def _cautions(old: Mapping[str, Any], new: Mapping[str, Any], found: Sequence[Difference]) -> list[str]:
+    """Return what is to be kept in mind when two results are compared."""
+    lines = []
+    for name, words in (("machine", "another machine"), ("engine", "other settings")):
+        if name in new and old.get(name) != new[name]:
+            lines.append(
+                f"measured with {words}: {_differing(old[name], new[name])}"
+                if name in old
+                else f"the old result does not say what {name} it was measured with"
+            )
+    lines += [
+        f"the yardstick took {abs(each.change):.0%} {MOVED[each.verdict]}: the machine is not as it was, "
+        "so the rows above may say nothing of octavo"
+        for each in found
+        if each.name == YARDSTICK and each.verdict in MOVED
+    ]
+    return lines
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

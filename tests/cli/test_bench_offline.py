@@ -21,7 +21,7 @@ from octavo.kernels.dispatch import implementation, override
 
 from .conftest import Ran, Run
 
-ENGINE = ("--load-format", "dummy", "--kv-cache-tokens", "2048", "--block-size", "8", "--max-num-seqs", "4", "-q")
+ENGINE = ("--load-format", "dummy", "--kv-cache-tokens", "2048", "--block-size", "8", "--max-num-seqs", "4")
 WORKLOAD = ("--num-prompts", "5", "--input-len", "12", "--output-len", "6", "--num-rounds", "2")
 BATCHES = ("--input-len", "9", "--output-len", "5", "--num-iters", "3", "--num-iters-warmup", "1")
 
@@ -34,12 +34,12 @@ def _same_backend_after() -> Iterator[None]:
 
 @pytest.fixture
 def throughput(octavo: Run, model_folder: Path) -> Run:
-    return lambda *words: octavo("bench", "throughput", model_folder, *ENGINE, *WORKLOAD, *words)
+    return lambda *words: octavo("bench", "throughput", model_folder, *ENGINE, *WORKLOAD, "-q", *words)
 
 
 @pytest.fixture
 def latency(octavo: Run, model_folder: Path) -> Run:
-    return lambda *words: octavo("bench", "latency", model_folder, *ENGINE, *BATCHES, *words)
+    return lambda *words: octavo("bench", "latency", model_folder, *ENGINE, *BATCHES, "-q", *words)
 
 
 @pytest.fixture
@@ -127,7 +127,9 @@ def test_prompts_come_from_files(throughput: Run, tmp_path: Path, write_jsonl: C
     assert (saved(file)["num_requests"], saved(file)["total_prompt_tokens"]) == (4, 2 * (27 + 11))
 
 
-def test_what_has_changed_is_shown_for_the_same_workload_only(throughput: Run, tmp_path: Path) -> None:
+def test_what_has_changed_is_shown_for_the_same_workload_only(
+    octavo: Run, model_folder: Path, throughput: Run, tmp_path: Path
+) -> None:
     file = tmp_path / "a.json"
     assert throughput("--save-result", file).status == 0
     ran = throughput("--compare", file)
@@ -139,6 +141,14 @@ def test_what_has_changed_is_shown_for_the_same_workload_only(throughput: Run, t
         each.update({name: 1e12 * each[name] for name in each if name.endswith("per_second")})
     file.write_text(json.dumps(old))
     assert throughput("--compare", file).out.count("lower") >= 4
+    old["yardstick_s"] = [1e-9, 1.1e-9, 1.05e-9]
+    old["machine"]["num_threads"] = 999
+    old["engine"]["max_num_seqs"] = 7
+    file.write_text(json.dumps(old))
+    told = octavo("bench", "throughput", model_folder, *ENGINE, *WORKLOAD, "--compare", file).err
+    assert "the machine is not as it was" in told
+    assert "measured with another machine: num_threads was 999, is " in told
+    assert "measured with other settings: max_num_seqs was 7, is 4" in told
     ran = throughput("--compare", file, "--input-len", "7")
     assert "has no run of this workload: input_len was 12, is 7" in ran.err
     assert "95 % interval" not in ran.out
