@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -84,7 +83,7 @@ def profile_kernels(
                 )
         if profile.document["about"]["backend"]:
             _time(profile, options.rounds, interrupt, quiet=quiet)
-    return _finish(profile.document, history, options.html, options.json, _print_kernels, stopped=interrupt.wanted)
+    return _finish(profile.document, history, options, stopped=interrupt.wanted)
 
 
 def _sizes(model_name: str | None, geometry: str | None) -> tuple[str, Model]:
@@ -131,45 +130,26 @@ def _time(profile: KernelProfile, num_rounds: int, interrupt: Interrupt, *, quie
     profile.finish_times(calls)
 
 
-def _print_kernels(document: dict[str, Any]) -> None:
-    from octavo.kernels.aot.report import make_table
-    from rich.console import Console
-
-    from ..tools.profile.kernel_page import call_lines
-
-    if document["rows"]:
-        Console(width=None if sys.stdout.isatty() else 240).print(make_table(document["rows"]))
-    if document["calls"]:
-        show("\n" + "\n".join(call_lines(document)))
-        first = document["ceilings"][0]["name"]
-        show(f"at best: as the rates of the first ceiling allow ({first}); only what has a time was measured")
-
-
 def _finish(
-    document: dict[str, Any],
-    history: Sequence[Path],
-    html: Path | None,
-    kept: Path | None,
-    show_text: Callable[[dict[str, Any]], None],
-    *,
-    stopped: bool,
+    document: dict[str, Any], history: Sequence[Path], options: KernelOptions | StepOptions, *, stopped: bool
 ) -> int:
     """Show and keep what was found, beside earlier runs; return the exit status."""
-    from ..tools.profile import kernel_page, step_page
     from ..tools.profile.history import KERNELS, machine_note, read_runs, trends
     from ..tools.profile.history_part import finding_lines
+    from ..tools.profile.kernel_page import kernel_page
+    from ..tools.profile.step_page import step_page
 
     runs = read_runs(history, document)
     found = trends(runs)
-    if kept is not None and str(kept) == "-":
+    if str(options.json) == "-":
         show(json.dumps(document))
     else:
-        show_text(document)
-    if kept is not None and str(kept) != "-":
-        kept.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    if html is not None:
-        make = kernel_page.kernel_page if document["format"] == KERNELS else step_page.step_page
-        html.write_text(make(document, found, runs), encoding="utf-8")
+        _print(document)
+        if options.json is not None:
+            options.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    if options.html is not None:
+        make = kernel_page if document["format"] == KERNELS else step_page
+        options.html.write_text(make(document, found, runs), encoding="utf-8")
     worse = finding_lines(found, runs)
     for line in worse:
         error_line(line, label="")
@@ -181,6 +161,28 @@ def _finish(
         error_line("interrupted: what was measured before is shown", label="")
         return INTERRUPTED
     return FAILED if worse else OK
+
+
+def _print(document: dict[str, Any]) -> None:
+    """Show tables on stdout."""
+    from octavo.kernels.aot.report import make_table
+
+    from ..tools.profile.history import STEP
+    from ..tools.profile.kernel_page import call_table
+    from ..tools.profile.step_page import part_table
+    from ..tools.report import text_lines
+
+    if document["format"] == STEP:
+        show("\n".join(text_lines(*part_table(document))))
+        return
+    if document["rows"]:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 240).print(make_table(document["rows"]))
+    if document["calls"]:
+        show("\n".join(["", *text_lines(*call_table(document))]))
+        first = document["ceilings"][0]["name"]
+        show(f"at best: as the rates of the first ceiling allow ({first}); only what has a time was measured")
 
 
 def profile_step(
@@ -199,19 +201,12 @@ def profile_step(
     model_name, history = split_words(words, own.history)
     sizes = integers("--batch-size", own.batch_size)
     read_runs(history, {"format": STEP, "about": {}})
-    config = options.config
+    config = options.config_of(model_name)
     if options.sampling:
         raise ConfigError("[sampling] is given; what is profiled is greedy")
-    if model_name is not None:
-        if options.names_model:
-            raise ConfigError(
-                f"the model is given twice: {model_name!a}, and {config.model!a} with --model or --config"
-            )
-        config = dataclasses.replace(config, model=model_name)
     if own.trace is not None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes of its stages to stderr
     llm = start_llm(config, quiet=options.quiet)
-    from ..tools.profile.step_page import step_lines
     from ..tools.profile.steps import Load, StepProfile
 
     profile, doing = StepProfile(llm, Load(sizes, own.input_len, own.output_len)), _Doing()
@@ -234,7 +229,4 @@ def profile_step(
         error_line("interrupted before a round was over", label="")
         return INTERRUPTED
 
-    def print_steps(document: dict[str, Any]) -> None:
-        show("\n".join(step_lines(document)))
-
-    return _finish(profile.document(), history, own.html, own.json, print_steps, stopped=interrupt.wanted)
+    return _finish(profile.document(), history, own, stopped=interrupt.wanted)

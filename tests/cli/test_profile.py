@@ -62,7 +62,7 @@ def test_steps_are_taken_apart(octavo: Run, model_folder: Path, tmp_path: Path) 
     assert document["about"]["load"] == {"batch_sizes": [1, 3], "input_len": 9, "output_len": 3}
     assert len(document["steps"]) == 2 * 2 * 3
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert "What torch did meanwhile" in (tmp_path / "page.html").read_text()
+    assert "decode, batch of 3" in (tmp_path / "page.html").read_text()
     again = octavo(*STEP, model_folder, *SMALL, "--history", tmp_path / "out.json", "-q")
     assert "is no JSON" not in again.err
     assert again.status in (0, 1)  # a machine may be busier now

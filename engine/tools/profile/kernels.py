@@ -90,7 +90,7 @@ class KernelProfile:
                 "shapes": dataclasses.asdict(self._shapes),
             },
             "versions": {"torch": str(torch.__version__), "triton": compiler_version()},
-            "machine": None if clock is None else describe_machine(clock.device),
+            "machine": None if clock is None else describe_machine(clock.device.type),
             "yardsticks_s": {},
             "ceilings": [dataclasses.asdict(each) for each in _data_sheets(targets, model.dtype)],
             "metrics": {},
@@ -159,38 +159,34 @@ class KernelProfile:
 
     def finish_times(self, calls: Sequence[Timed]) -> None:
         """Add what the rounds so far say; calls without any are left as they are."""
-        ceiling = Ceiling(**self.document["ceilings"][0])
         for facts, timed in zip(self.document["calls"], calls, strict=False):
             if not timed.rounds:
                 continue
             medians = [statistics.median(seconds) for seconds in timed.rounds]
-            seconds = statistics.median(medians)
-            floor_s = max(facts["bytes"] / ceiling.bytes_per_s, facts["flops"] / ceiling.flops_per_s)
-            facts |= {
-                "seconds": seconds,
-                "bytes_per_s": facts["bytes"] / seconds,
-                "flops_per_s": facts["flops"] / seconds,
-                "fraction": floor_s / seconds,
-                "error_u": timed.error_u,
-            }
+            facts["seconds"] = seconds = statistics.median(medians)
+            facts["error_u"] = timed.error_u
+            facts |= {f"{name}_per_s": facts[name] / seconds for name in ("bytes", "flops")}
+            facts["fraction"] = facts["at_best_s"] / seconds
             self.document["metrics"][facts["name"]] = {"unit": "s", "kind": "timed", "values": medians}
 
     def _describe_calls(self) -> list[KernelCase]:
         """Write down how much work each call has, and return the calls."""
         cases = [one for one in op_cases(self._model, self._settings, self._shapes) if self._wanted(one.spec.name)]
-        ceiling = self.document["ceilings"][0]
-        knee = ceiling["flops_per_s"] / ceiling["bytes_per_s"]
+        ceiling = Ceiling(**self.document["ceilings"][0])
         self.document["calls"] = []
         for one in cases:
             num_bytes, num_flops = one.spec.bytes(one.case), one.spec.flops(one.case)
+            moving_s, computing_s = num_bytes / ceiling.bytes_per_s, num_flops / ceiling.flops_per_s
             facts: dict[str, Any] = {
                 "op": one.spec.name,
                 "name": f"{one.spec.name}, {one.case.name}",
-                "case": one.case.name,
+                "bytes": num_bytes,
             }
-            facts |= {"bytes": num_bytes, "flops": num_flops, "flops_per_byte": num_flops / num_bytes}
-            facts |= {"bound_by": "memory" if facts["flops_per_byte"] < knee else "arithmetic", "seconds": None}
-            self.document["calls"].append(facts)
+            facts |= {"flops": num_flops, "flops_per_byte": num_flops / num_bytes}
+            facts["bound_by"] = "memory" if moving_s >= computing_s else "arithmetic"
+            facts["at_best_s"] = max(moving_s, computing_s)
+            untimed = dict.fromkeys(("seconds", "bytes_per_s", "flops_per_s", "fraction", "error_u"))
+            self.document["calls"].append(facts | untimed)
         return cases
 
     def _wanted(self, *names: str) -> bool:

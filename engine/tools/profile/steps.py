@@ -18,17 +18,16 @@ from ...errors import ConfigError
 from ...llm import LLM
 from ...sampling_params import SamplingParams
 from ...step import SchedulerOutput
-from ..bench.kernels import best_clock
+from ..bench.machine import Yardstick
 from ..roofline import StepWork
 from .history import STEP
-from .machine import describe_machine, measure_ceilings
-from .probes import PARTS, attached
+from .machine import describe_machine
+from .probes import attached
 from .spans import PartTime, Spans
 
 __all__ = ["Load", "StepProfile"]
 
 NUM_CALIBRATED: Final = 2000
-NUM_TORCH_OPS: Final = 15
 
 
 class Load(NamedTuple):
@@ -72,8 +71,8 @@ class StepProfile:
         self._steps: list[_Step] = []
         self.num_rounds = 0
         """Rounds that count and are over."""
-        self._torch_ops: list[dict[str, Any]] = []
         self._device_busy: float | None = None
+        self._yardstick = Yardstick(llm.engine.resolved.device)
 
     @property
     def num_steps(self) -> int:
@@ -88,6 +87,8 @@ class StepProfile:
         Args:
             counts: keep the times; not for a first round, which warms up.
         """
+        if counts:
+            self._yardstick.lay()
         with attached(self._llm, self._spans) as works:
             for batch_size in self._load.batch_sizes:
                 yield from self._run_batch(batch_size, works, counts=counts)
@@ -108,20 +109,9 @@ class StepProfile:
             finally:
                 self._spans.scope = Spans().scope
         profiler.export_chrome_trace(str(file))
-        own = [each for each in profiler.key_averages() if each.key not in PARTS]
-        own.sort(key=lambda each: -each.self_cpu_time_total)
-        self._torch_ops = [
-            {"name": each.key, "calls": each.count, "seconds": each.self_cpu_time_total / 1e6}
-            for each in own[:NUM_TORCH_OPS]
-        ]
+        kernels = [event.time_range for event in profiler.events() if event.device_type.name == "CUDA"]
         if self._is_cuda:
-            self._device_busy = busy_part(
-                [
-                    (each.time_range.start, each.time_range.end)
-                    for each in profiler.events()
-                    if each.device_type.name == "CUDA"
-                ]
-            )
+            self._device_busy = busy_part([(each.start, each.end) for each in kernels])
 
     def proton(self, file: Path) -> Iterator[None]:
         """Run one more round under Triton's own profiler; yields after every step.
@@ -138,33 +128,25 @@ class StepProfile:
 
     def document(self) -> dict[str, Any]:
         """Return what was found, as plain JSON."""
-        clock = best_clock()
-        engine = self._llm.engine
-        resolved = engine.resolved
-        _, yardsticks = measure_ceilings(clock, getattr(torch, resolved.dtype))
+        engine, names = self._llm.engine, ("dtype", "device", "backend", "block_size", "invariant")
         groups = list(dict.fromkeys(step.group for step in self._steps))
-        names = ("dtype", "device", "backend", "block_size", "invariant", "max_num_batched_tokens")
+        about = {"model": engine.config.model, "fingerprint": engine.fingerprint}
+        about |= {name: getattr(engine.resolved, name) for name in (*names, "max_num_batched_tokens")}
         return {
             "format": STEP,
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "about": {
-                "model": engine.config.model,
-                "fingerprint": engine.fingerprint,
-                **{name: getattr(resolved, name) for name in names},
-                "load": {**self._load._asdict(), "batch_sizes": list(self._load.batch_sizes)},
-            },
+            "about": {**about, "load": {**self._load._asdict(), "batch_sizes": list(self._load.batch_sizes)}},
             "versions": {"torch": str(torch.__version__)},
-            "machine": describe_machine(clock.device),
-            "yardsticks_s": yardsticks,
+            "machine": describe_machine(engine.resolved.device),
+            "yardsticks_s": {"copy and product": self._yardstick.seconds},
             "metrics": dict(self._metrics(groups)),
             "groups": [self._group(name) for name in groups],
             "steps": [
-                {"round": step.round, "batch_size": step.batch_size, "kind": step.kind}
-                | {**step.work._asdict(), "seconds": step.seconds}
+                {"round": step.round, "batch_size": step.batch_size, "kind": step.kind, **step.work._asdict()}
+                | {"seconds": step.seconds}
                 for step in self._steps
             ],
             "span_s": span_cost_s(),
-            "torch_ops": self._torch_ops,
             "device_busy": self._device_busy,
         }
 
@@ -192,38 +174,26 @@ class StepProfile:
                 llm.abort(request_id)
 
     def _group(self, name: str) -> dict[str, Any]:
+        """Return a mean step of one kind, and each part of it."""
         steps = [step for step in self._steps if step.group == name]
-        total_s = sum(step.seconds for step in steps)
-        found: dict[str, PartTime] = {}
+        total_s, num_steps = sum(step.seconds for step in steps), len(steps)
+        found: dict[str, dict[str, float]] = {}
         for step in steps:
             for key, part in step.parts.items():
-                whole = found.setdefault(key, PartTime())
-                whole.seconds += part.seconds
-                whole.device_s += part.device_s
-                whole.num_calls += part.num_calls
-        order = [*PARTS, *(key for key in found if key not in PARTS)]
-        return {
-            "name": name,
-            "num_steps": len(steps),
-            "seconds": total_s / len(steps),
-            "median_s": statistics.median(step.seconds for step in steps),
-            "tokens": sum(step.work.num_tokens for step in steps) / len(steps),
-            "tokens_per_s": sum(step.work.num_tokens for step in steps) / total_s,
-            "parts": {
-                key: {field: value / len(steps) for field, value in asdict(found[key]).items()}
-                for key in order
-                if key in found
-            },
-        }
+                whole = found.setdefault(key, dict.fromkeys(asdict(part), 0.0))
+                for field, value in asdict(part).items():
+                    whole[field] += value
+        tokens_per_s = sum(step.work.num_tokens for step in steps) / total_s
+        told = {"name": name, "num_steps": num_steps, "seconds": total_s / num_steps, "tokens_per_s": tokens_per_s}
+        means = {key: {field: value / num_steps for field, value in sums.items()} for key, sums in found.items()}
+        return told | {"parts": means}
 
     def _metrics(self, groups: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what a history follows: a step of each kind and its parts, as a mean of every round."""
         for group in groups:
-            rounds = [
-                steps
-                for number in range(self.num_rounds)
-                if (steps := [step for step in self._steps if (step.round, step.group) == (number, group)])
-            ]
+            steps = [step for step in self._steps if step.group == group]
+            rounds = [[step for step in steps if step.round == number] for number in range(self.num_rounds)]
+            rounds = [each for each in rounds if each]
             yield f"{group}: a step", _metric(rounds, lambda step: step.seconds)
             for part in dict.fromkeys(key for steps in rounds for step in steps for key in step.parts):
                 yield f"{group}: {part}", _metric(rounds, lambda step, part=part: _part_s(step, part))  # type: ignore[misc]

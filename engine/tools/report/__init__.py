@@ -9,8 +9,8 @@ Every text is escaped; what is markup already is `Html`. Charts are SVG, drawn h
 phone; they need no script and follow the reader's choice of light or dark.
 """
 
-from .charts import Ceiling, Point, Series, line_chart, roofline, scatter
-from .markup import Cell, Html, bars, details, facts, legend, note, strip, table, tag
+from .charts import Ceiling, Point, Series, line_chart, roofline
+from .markup import Cell, Html, bars, details, facts, legend, note, strip, table, text_lines
 from .numbers import duration, number, quantity
 from .page import Page
 
@@ -31,8 +31,7 @@ __all__ = [
     "number",
     "quantity",
     "roofline",
-    "scatter",
     "strip",
     "table",
-    "tag",
+    "text_lines",
 ]

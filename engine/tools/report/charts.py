@@ -1,4 +1,4 @@
-"""This module holds the charts, as SVG: lines, points, rooflines. It does not know what they show."""
+"""This module holds the charts, as SVG: lines and rooflines. It does not know what they show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .axes import Axis, Frame, make_axis
 from .markup import NUM_COLOURS, Html, legend, tag
 from .numbers import number, quantity
 
-__all__ = ["Ceiling", "Point", "Series", "line_chart", "roofline", "scatter"]
+__all__ = ["Ceiling", "Point", "Series", "line_chart", "roofline"]
 
 SIZES = {"wide": (880, 360), "narrow": (360, 300)}
 """Each chart is drawn for either page: text that shrinks with a drawing cannot be read on a phone."""
@@ -32,7 +32,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point of a scatter or a roofline, where y may be unknown."""
+    """One point under a roof, where y may be unknown."""
 
     name: str
     group: str
@@ -131,32 +131,6 @@ def _pixels(frame: Frame, points: Sequence[tuple[float, float]]) -> str:
 def _dot(frame: Frame, x: float, y: float, kind: str, title: str, radius: float = 3) -> str:
     across, up = frame.at(x, y)
     return f'<circle class="{kind}" cx="{across}" cy="{up}" r="{radius}"><title>{escape(title)}</title></circle>'
-
-
-def scatter(
-    points: Sequence[Point],
-    *,
-    title: str = "",
-    x_label: str,
-    y_label: str,
-    log_x: bool = False,
-    log_y: bool = False,
-) -> Html:
-    """Return points in the colours of their groups; those without y are left out."""
-    known = [(point, point.y) for point in points if point.y is not None]
-    if not known:
-        return tag("p", f"{title}: nothing to draw" if title else "nothing to draw")
-    groups = list(dict.fromkeys(point.group for point, _ in known))
-    x = make_axis(x_label, [point.x for point, _ in known], is_log=log_x)
-    y = make_axis(y_label, [y for _, y in known], is_log=log_y)
-
-    def draw(frame: Frame) -> str:
-        return "".join(
-            _dot(frame, point.x, y, _colour(groups, point), f"{point.name}: {number(point.x)}, {number(y)}", 4.5)
-            for point, y in known
-        )
-
-    return _figure(title, x, y, draw, groups)
 
 
 def _colour(groups: Sequence[str], point: Point) -> str:

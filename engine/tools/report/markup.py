@@ -22,6 +22,7 @@ __all__ = [
     "strip",
     "table",
     "tag",
+    "text_lines",
     "to_html",
 ]
 
@@ -118,6 +119,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Value | Cell]], *, sor
         f"<tr>{''.join(_cell(*each) for each in zip(row, columns, right, strict=True))}</tr>" for row in cells
     )
     return Html(f'<div class="scroll"><table {kinds}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+
+
+def text_lines(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """Return a table for a terminal: the first column stands left, second lines of the others behind their values."""
+    texts = [list(columns)]
+    texts += [[str(row[0].value), *(f"{each.value or ''} {each.small:>6}".strip() for each in row[1:])] for row in rows]
+    widths = [max(len(line[i]) for line in texts) for i in range(len(columns))]
+    put = [str.ljust] + [str.rjust] * (len(columns) - 1)
+    return ["  ".join(put[i](text, widths[i]) for i, text in enumerate(line)).rstrip() for line in texts]
 
 
 def _is_right(column: Sequence[Cell]) -> bool:

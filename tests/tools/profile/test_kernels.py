@@ -16,9 +16,10 @@ import torch
 from octavo.engine.errors import ConfigError, OctavoError
 from octavo.engine.tools.profile import kernels
 from octavo.engine.tools.profile.geometry import model_sizes
-from octavo.engine.tools.profile.kernel_page import call_lines, kernel_page
+from octavo.engine.tools.profile.kernel_page import call_table, kernel_page
 from octavo.engine.tools.profile.kernels import KernelProfile
 from octavo.engine.tools.profile.machine import measure_ceilings
+from octavo.engine.tools.report import text_lines
 from octavo.kernels import dispatch, use_backend
 from octavo.kernels.aot.keys import report_settings
 from octavo.kernels.aot.targets import GPUS, MODELS, Model
@@ -145,7 +146,7 @@ def test_what_was_not_timed_before_the_end_has_no_time() -> None:
     next(running)
     found.finish_times(calls)
     assert [call["seconds"] for call in found.document["calls"]] == [1.0] + [None] * (len(calls) - 1)
-    assert "1.00 s" in "\n".join(call_lines(found.document))
+    assert "1.00 s" in "\n".join(text_lines(*call_table(found.document)))
     kernel_page(found.document, [], [])
 
 

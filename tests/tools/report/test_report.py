@@ -30,9 +30,9 @@ from octavo.engine.tools.report import (
     number,
     quantity,
     roofline,
-    scatter,
     strip,
     table,
+    text_lines,
 )
 from octavo.engine.tools.report.axes import Frame, make_axis
 from playwright.sync_api import Browser, sync_playwright
@@ -87,7 +87,6 @@ def everything(text: str) -> Page:
         bars({text: [1.0, 2.0]}, parts=[text, text]),
         strip([1.0], [text]),
         line_chart([Series(text, points, points, [1])], title=text, x_label=text, y_label=text, x_names=[text] * 3),
-        scatter([Point(text, text, 1.0, 2.0)], title=text, x_label=text, y_label=text),
         roofline([Point(text, text, 1.0, None), Point(text, text, 5.0, 1e12)], [CEILING], title=text),
     )
     return page
@@ -148,6 +147,11 @@ def test_columns_of_numbers_stand_right_and_sort_by_what_they_mean() -> None:
 def test_a_row_needs_a_cell_for_each_column() -> None:
     with pytest.raises(AssertionError, match="a cell for each column"):
         table(["a", "b"], [["only one"]])
+
+
+def test_a_table_for_a_terminal_is_aligned() -> None:
+    rows = [[Cell("norm", small="why"), Cell("1 ms", small="50%")], [Cell("b"), Cell(None)]]
+    assert text_lines(["call", "time"], rows) == ["call         time", "norm  1 ms    50%", "b"]
 
 
 def test_bars_share_one_scale_or_fill_the_width() -> None:
