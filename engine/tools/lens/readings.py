@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from octavo.kernels.sampling.reference import log_softmax_top
 
 from ...models.decoder import Decoder
 
@@ -18,8 +19,6 @@ __all__ = ["Ids", "Readings", "differences", "read_states"]
 
 LOGITS_BYTES = 64 << 20
 """Of one distribution at a time: positions beyond it go in the next chunk."""
-MORE_CANDIDATES = 8
-"""Looked at beyond those wanted, so that among equals the lower id comes first, as in sampling."""
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -117,15 +116,14 @@ def read_states(
 
 def _row(logprobs: torch.Tensor, last: torch.Tensor, next_ids: Ids, answer_ids: Ids, top: int) -> dict[str, Any]:
     """Return what one layer says at some positions; `logprobs` and `last` are [n, num_ids]."""
-    num_ids = logprobs.shape[1]
-    candidates = logprobs.topk(min(top + MORE_CANDIDATES, num_ids)).indices.sort(dim=-1).values
-    values, order = logprobs.gather(1, candidates).sort(dim=-1, descending=True, stable=True)
+    # The reference's, whatever the backend: equals rank by id, as in sampling.
+    candidates = log_softmax_top(logprobs, min(top, logprobs.shape[1]))
     kl = (last.exp() * (last - logprobs)).sum(dim=-1).clamp(min=0.0)
     answer_probability, answer_rank = _of(logprobs, answer_ids)
     next_probability, next_rank = _of(logprobs, next_ids)
     return {
-        "top_ids": candidates.gather(1, order)[:, :top].cpu().numpy(),
-        "top_probability": values[:, :top].double().exp().cpu().numpy(),
+        "top_ids": candidates.top_ids.cpu().numpy(),
+        "top_probability": candidates.top_values.double().exp().cpu().numpy(),
         "kl": kl.double().cpu().numpy(),
         "answer_probability": answer_probability,
         "answer_rank": answer_rank,

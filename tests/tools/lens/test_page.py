@@ -50,7 +50,11 @@ def record(folder: Path) -> dict[str, Any]:
     with use_backend("torch"):
         llm = LLM(str(folder), device="cpu", backend="torch", kv_cache_tokens=512)
         params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-        return json.loads(json.dumps(lens_record(look(llm, PROMPT, params, both=True)), allow_nan=False))
+        found: dict[str, Any] = json.loads(
+            json.dumps(lens_record(look(llm, PROMPT, params, both=True)), allow_nan=False)
+        )
+    found["paths"][1]["readings"]["norm"][1][1] *= 2  # else nobody could tell the two paths apart
+    return found
 
 
 class Visit(NamedTuple):
@@ -139,8 +143,10 @@ def test_every_way_to_colour_and_both_paths(visit: Callable[[int, int], Page], r
         expect(first).to_have_text(record["tokens"][str(readings[0]["top_ids"][1][1][0])])
         shades.add(first.evaluate("cell => getComputedStyle(cell).backgroundColor"))
     assert len(shades) == 2
-    page.locator("#path").select_option(label="triton")
     expect(page.locator("#cell h4").first).to_have_text("torch")
+    page.locator("#way").select_option("norm")
+    page.locator("#path").select_option(label="triton")
+    assert float(first.inner_text().replace(",", "")) == pytest.approx(readings[1]["norm"][1][1], rel=0.06)
 
 
 @needs_browser
@@ -154,6 +160,8 @@ def test_a_phone_has_room_for_it(visit: Callable[[int, int], Page]) -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere(record: dict[str, Any]) -> None:
+    # A token that would end the script, if it could.
+    record = record | {"tokens": record["tokens"] | {str(record["token_ids"][0]): "</script><b>"}}
     page = lens_page(record)
     assert not re.findall(r"(?:src|href)=|@import|url\(|https?://(?!www\.w3\.org)", page)
     assert page.count("</script>") == 2
