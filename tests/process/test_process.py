@@ -125,7 +125,7 @@ def test_hung_step_is_seen_and_ended(seed: int) -> None:
             await until(lambda: (llm.health.last_step_age_s or 0.0) > 1.2)
             assert llm.health.heartbeat_age_s < 1.1, "the heartbeat has stopped with the step"
         else:
-            await until(lambda: llm.health.heartbeat_age_s > 1.2)
+            await until(lambda: llm.health.num_unfinished == 1 and llm.health.heartbeat_age_s > 1.2)
         await llm.shutdown()
         assert is_gone(process)
         with pytest.raises(EngineDeadError, match="shut down"):

@@ -17,7 +17,7 @@ from octavo.engine.observe.metrics import Metrics
 from octavo.engine.process.loop import MAX_COMPILING, NUM_COMPILERS
 from octavo.engine.process.thread import MAX_UNREAD, ThreadLink
 from octavo.engine.sampling_params import SamplingParams
-from octavo.engine.step import FinishReason
+from octavo.engine.step import FinishReason, RequestOutput
 
 from .conftest import BOTH, LONG, check_canary, collect, expected, run, start
 
@@ -320,6 +320,53 @@ def test_news_coalesce_and_the_end_comes_once() -> None:
         assert rest == [True]
         whole = llm.generate([1, 2], llm.params({"seed": 1, "max_tokens": 60}), stream=False)
         assert [answer.finished async for answer in whole] == [True]
+        await llm.shutdown()
+
+    run(main())
+
+
+@BOTH
+def test_who_waits_is_offered_news_first(in_process: bool) -> None:
+    """What is taken is not yielded; what is not, is; the end always is."""
+
+    async def main() -> None:
+        llm = await start(in_process)
+        params, tokens = llm.params({"seed": 1, "max_tokens": 60, "n": 2}), expected([1, 2], 60, 1)
+        offered: list[int] = []
+        yielded: list[int] = []
+
+        def push(answer: RequestOutput) -> bool:
+            assert not answer.finished
+            offered.append(len(answer.outputs[0].token_ids))
+            return offered[-1] > 30
+
+        async for answer in llm.generate([1, 2], params, push=push):
+            yielded.append(len(answer.outputs[0].token_ids))
+        taken = [num_tokens for num_tokens in offered if num_tokens > 30]
+        assert taken
+        assert answer.finished
+        assert not set(taken) & set(yielded[:-1])
+        assert yielded[-1] == 60
+        assert answer.outputs[0].token_ids == tokens
+        await check_canary(llm)
+        await llm.shutdown()
+
+    run(main())
+
+
+def test_who_fails_to_take_news_fails_alone() -> None:
+    async def main() -> None:
+        llm = await start()
+
+        def push(answer: RequestOutput) -> bool:
+            raise RequestError("cannot be told", "prompt")
+
+        other = asyncio.create_task(collect(llm, [3], params={"seed": 2, "max_tokens": 200}))
+        with pytest.raises(RequestError, match="cannot be told"):
+            async for _ in llm.generate([1, 2], llm.params(LONG), push=push):
+                pass
+        assert (await other).outputs[0].token_ids == expected([3], 200, 2)
+        await check_canary(llm)
         await llm.shutdown()
 
     run(main())
