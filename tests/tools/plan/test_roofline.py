@@ -89,8 +89,12 @@ def test_a_window_bounds_what_is_read_and_what_is_multiplied() -> None:
         for long in (StepWork.of([(1, 50_000)] * 9), StepWork.of([(2048, 50_000)])):
             assert part.step_s(long) < 0.9 * whole.step_s(long)
     narrow = Roofline(replace(LLAMA, windows=(512,) * 32), card(1e12, ENDLESS), dtype="bfloat16")
-    by_attention = {part.name: part for part in narrow.parts(StepWork.of([(1, 50_000)] * 9))}["attention"]
-    assert by_attention.num_bytes == pytest.approx(9 * (513 * 131_072 + 32 * 2 * 4096 * 2))
+    for query_len, num_seqs in ((1, 9), (100, 2)):
+        parts = {part.name: part for part in narrow.parts(StepWork.of([(query_len, 50_000)] * num_seqs))}
+        # The first token sees 511 before it; every token is written, and has a q and an output.
+        num_bytes = (511 + 2 * query_len) * 131_072 + query_len * 32 * 2 * 4096 * 2
+        assert parts["attention"].num_bytes == pytest.approx(num_seqs * num_bytes)
+        assert parts["attention"].flops == num_seqs * query_len * 512 * 4 * 32 * 4096
 
 
 def test_efficiency_and_launches_make_it_slower() -> None:
