@@ -172,19 +172,7 @@ def _resolve(
     if config.invariant and dtype != "float32":
         raise ConfigError(f"invariant is set and dtype is {dtype}; allowed: float32, the only one it is proved for")
     backend = _backend(config, hardware, choices)
-    max_num_batched_tokens = config.scheduler.max_num_batched_tokens
-    if max_num_batched_tokens is None:
-        max_num_batched_tokens = CPU_BATCHED_TOKENS if hardware.device == "cpu" else GPU_BATCHED_TOKENS
-        choices.append(
-            Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", f"default on a {hardware.device.upper()}")
-        )
-    max_num_seqs = config.scheduler.max_num_seqs
-    if max_num_seqs > max_num_batched_tokens:
-        max_num_seqs = max_num_batched_tokens
-        choices.append(
-            Choice("max_num_seqs", f"{max_num_seqs:,}", "lowered to the budget: a token for each in every step")
-        )
-
+    max_num_batched_tokens, max_num_seqs = _step_limits(config, hardware, choices)
     layout: Literal["packed", "transposed"] = "packed" if max_num_seqs > 1 else "transposed"
     if hardware.device == "cpu" and max_num_seqs == 1:
         choices.append(Choice("weight layout", "transposed", "the fastest for one sequence at a time"))
@@ -233,6 +221,23 @@ def _resolve(
     )
 
 
+def _step_limits(config: EngineConfig, hardware: Hardware, choices: list[Choice]) -> tuple[int, int]:
+    """Return the tokens and the sequences of one step."""
+    max_num_batched_tokens = config.scheduler.max_num_batched_tokens
+    if max_num_batched_tokens is None:
+        max_num_batched_tokens = CPU_BATCHED_TOKENS if hardware.device == "cpu" else GPU_BATCHED_TOKENS
+        choices.append(
+            Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", f"default on a {hardware.device.upper()}")
+        )
+    max_num_seqs = config.scheduler.max_num_seqs
+    if max_num_seqs > max_num_batched_tokens:
+        max_num_seqs = max_num_batched_tokens
+        choices.append(
+            Choice("max_num_seqs", f"{max_num_seqs:,}", "lowered to the budget: a token for each in every step")
+        )
+    return max_num_batched_tokens, max_num_seqs
+
+
 def _backend(config: EngineConfig, hardware: Hardware, choices: list[Choice]) -> BackendName:
     backend = config.backend
     if backend == "auto":
@@ -262,8 +267,9 @@ class _Needs:
 
     weights: int
     step: int
-    """Of a step's tensors, but for what grows with the pool, and the table of rotations."""
+    """Of a step's tensors, but for what grows with the pool."""
     table: int
+    """Of rotations, as long as the longest sequence that is asked for."""
     kv_token: int
     split_block: int
     """What decode attention may hold for each block; see `split_bytes`."""
