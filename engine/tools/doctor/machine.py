@@ -77,7 +77,7 @@ def look_at_limits(port: int) -> Iterator[Finding]:
             fix = "octavo serve --port 0 takes any that is free"
             yield Finding(LIMITS, "port", Status.WARN, f"{port} cannot be taken: {error.strerror}", fix)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        text = "set: Triton kernels run in the interpreter, a thousand times slower, on no GPU"
+        text = "set: Triton kernels run in the interpreter, on the CPU and very slowly"
         yield Finding(LIMITS, "TRITON_INTERPRET", Status.WARN, text, "unset TRITON_INTERPRET")
     yield _triton_cache()
 

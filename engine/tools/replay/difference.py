@@ -138,6 +138,4 @@ def _entry(script: Script, field: str, entry: Any) -> str:
             return f"{name} runs {rest[0]:,}"
         case "waits":
             return f"{name} ({rest[0]})"
-        case "finished":
-            return f"{name} ({rest[0]}, {rest[1]:,} tokens)"
     return name

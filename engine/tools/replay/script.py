@@ -72,7 +72,8 @@ def facts_of(
                 facts["admitted"].append((each.serial, each.num_tokens, each.num_cached_tokens))
             case _:
                 facts["waits"].append((each.serial, each.detail))
-    facts["finished"] = [(each.serial, each.detail, each.num_tokens) for each in ends]
+    # Why, and with how many tokens, a front may have said otherwise: of a stop string in the last of them, say.
+    facts["finished"] = [(each.serial,) for each in ends]
     if event is not None:
         serials = [owners.rows.get(row, -1) for row in event.rows.tolist()]
         facts["rows"] = list(zip(serials, event.num_scheduled_tokens.tolist(), strict=True))
@@ -184,7 +185,7 @@ class Script:
             for i in range(0, len(step.event.kin), 4):
                 script._add_kin(step.event.kin[i], step.event.kin[i + 1 : i + 4])
         for step in steps:
-            step.facts["finished"] = [(event.serial, event.detail, event.num_tokens) for event in step.ends]
+            step.facts["finished"] = [(event.serial,) for event in step.ends]
             if previous is not None:
                 del step.facts["num_cached_blocks"]
         if SHRUNK_TO in facts:
