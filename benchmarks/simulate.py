@@ -5,8 +5,10 @@
 One run is recorded, and a cost model is fitted to its steps; then other workloads, at other rates and of other lengths,
 are run for real and simulated with that model. A simulation gets the workload and the engine's limits and nothing of
 the run that it predicts. Runs are taken in the order fit, others, fit again: how far the second fit run is from the
-first says what the machine does on its own. With --cpu-time the clock is the CPU that this process has used, and waits
-for arrivals are skipped: on a machine that others use, with one thread, that comes nearest to having it alone. No figure is told of a run in which an answer was not as long as asked for.
+first says what the machine does on its own. No figure is told of a run in which an answer was not as long as asked for.
+
+With --cpu-time the clock is the CPU that this process has used, and waits for arrivals are skipped: with one thread, on
+a machine that others use, that comes nearest to having it alone.
 """
 
 from __future__ import annotations

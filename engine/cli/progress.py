@@ -131,9 +131,9 @@ class GenerationBar:
         if self._is_bar:
             self._progress.stop()
 
-    def over(self) -> None:
-        """Count one more request that is over."""
-        self._num_over += 1
+    def over(self, count: int = 1) -> None:
+        """Count more requests that are over."""
+        self._num_over += count
 
     def step(self) -> None:
         """Note that a step has ended, and show it if it is time."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +18,11 @@ from ..errors import ConfigError
 from .bench_options import objectives_from
 from .endings import FAILED, OK
 from .flags import Options, own_options
+from .progress import GenerationBar
 from .simulate_options import SimulateOptions
 from .terminal import error_line, show, stderr
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from ..tools.gpus import Gpu
     from ..tools.simulate.cost import LinearCost
     from ..tools.simulate.sweep import Scenario, Simulated
@@ -107,16 +107,20 @@ def _workload(words: str, model: str, own: SimulateOptions) -> Workload:
     from ..text.tokenizer import Tokenizer
     from ..tools.simulate.reading import read_workload
 
-    encode = None
+    encode, path = None, Path(model)
     if Path(words).is_file():
-        from ..loader import resolve_model
+        if path.suffix == ".json":
+            folder = path.parent if (path.parent / "tokenizer.json").is_file() else None
+            metadata = None
+        else:
+            from ..loader import resolve_model
 
-        path = Path(model)
-        found = resolve_model(str(path.parent) if path.suffix == ".json" else model, load_format="dummy")
-        if found.tokenizer_folder is not None:
-            encode = Tokenizer.from_folder(found.tokenizer_folder).encode
-        elif found.tokenizer_metadata is not None:
-            encode = Tokenizer.from_gguf(found.tokenizer_metadata).encode
+            found = resolve_model(model, load_format="dummy")
+            folder, metadata = found.tokenizer_folder, found.tokenizer_metadata
+        if folder is not None:
+            encode = Tokenizer.from_folder(folder).encode
+        elif metadata is not None:
+            encode = Tokenizer.from_gguf(metadata).encode
     return read_workload(words, encode, seed=own.seed, most=own.num_prompts)
 
 
@@ -131,53 +135,32 @@ def _run(scenario: Scenario, points: Sequence[Mapping[str, Any]], own: SimulateO
         stderr().print(f"{len(found):,} of {len(points):,} are in {own.output}", style="dim")
     left = {place: point for place, point in enumerate(points) if place not in found}
     if left:
-        total = len(left) * len(scenario.workload)
-        with _Bar(total, quiet=quiet) as bar:
-            for place, result in run_points(scenario, left, own.jobs or num_cores(), bar.show):
+        live = _Live(total := len(left) * len(scenario.workload))
+        with GenerationBar(live, total, num_over=0, quiet=quiet) as bar:
+            for place, result in run_points(scenario, left, own.jobs or num_cores(), partial(live.show, bar)):
                 found[place] = result
                 if own.output is not None:
                     append_finished(own.output, scenario, Simulated(points[place], result))
     return [Simulated(point, found[place]) for place, point in enumerate(points)]
 
 
-class _Bar:
-    """Shows how many requests are over: a bar on a terminal, a line now and then elsewhere."""
+class _Live:
+    """Counts what is over, and tells how fast it goes."""
 
-    def __init__(self, total: int, *, quiet: bool) -> None:
+    def __init__(self, total: int) -> None:
+        self.now = ""
         self._total = total
-        self._quiet = quiet
-        self._console = stderr()
-        self._progress: Progress | None = None
-        self._begun_s = self._told_s = time.monotonic()
+        self._num_over = 0
+        self._begun_s = time.monotonic()
 
-    def __enter__(self) -> _Bar:
-        if self._console.is_terminal and not self._quiet:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._progress = Progress(
-                *(TextColumn("requests"), BarColumn(bar_width=24), MofNCompleteColumn()),
-                *(TextColumn("{task.description}", style="dim"), TimeRemainingColumn(compact=True)),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._progress.add_task("", total=self._total)
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def show(self, num_over: int) -> None:
-        """Show that so many are over."""
-        now = time.monotonic()
-        rate = num_over / max(now - self._begun_s, 1e-9)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=num_over, description=f"{rate:,.0f}/s")
-        elif not self._quiet and now - self._told_s > 10:
-            self._told_s = now
-            left = f", {(self._total - num_over) / rate:,.0f} s left" if rate else ""
-            self._console.print(f"{num_over:,} of {self._total:,} requests{left}")
+    def show(self, bar: GenerationBar, num_over: int) -> None:
+        """Bring a bar up to date."""
+        bar.over(num_over - self._num_over)
+        self._num_over = num_over
+        if num_over:
+            rate = num_over / max(time.monotonic() - self._begun_s, 1e-9)
+            self.now = f"{rate:,.0f} requests/s, {(self._total - num_over) / rate:,.0f} s left"
+        bar.step()
 
 
 def _show(

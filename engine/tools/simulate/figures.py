@@ -42,16 +42,15 @@ def figures(outcome: Outcome, num_blocks: int, goodput: Mapping[str, float] | No
     done, workload = outcome.done, outcome.workload
     inputs, outputs = workload.prompt_tokens[done], workload.output_tokens[done]
     arrived, first, finished = workload.arrival_s[done], outcome.first_token_s[done], outcome.finished_s[done]
-    once = np.ones(len(arrived), dtype=np.int64)
-    several = outputs > 1
-    tpot = np.where(several, (finished - first) / np.maximum(outputs - 1, 1), 0.0)
-    times: dict[str, tuple[FloatArray, IntArray]] = {
-        "ttft": (first - arrived, once),
-        "tpot": (tpot[several], once[several]),
-        "itl": (outcome.gaps_s, outcome.num_gaps),
-        "e2el": (finished - arrived, once),
-        "queue": (outcome.scheduled_s[done] - arrived, once),
+    tpot = np.where(outputs > 1, (finished - first) / np.maximum(outputs - 1, 1), 0.0)
+    by_request = {
+        "ttft": first - arrived,
+        "tpot": tpot[outputs > 1],
+        "e2el": finished - arrived,
+        "queue": outcome.scheduled_s[done] - arrived,
     }
+    times = {name: (values, np.ones(len(values), dtype=np.int64)) for name, values in by_request.items()}
+    times["itl"] = (outcome.gaps_s, outcome.num_gaps)
     duration_s = float(finished.max(initial=0.0))
     per_s = 1 / duration_s if duration_s else 0.0
     result: dict[str, Any] = {
@@ -78,7 +77,7 @@ def figures(outcome: Outcome, num_blocks: int, goodput: Mapping[str, float] | No
         "peak_kv_usage": outcome.peak_blocks / num_blocks,
     }
     if goodput:
-        seconds = {"ttft": first - arrived, "tpot": tpot, "e2el": finished - arrived}
+        seconds = {**by_request, "tpot": tpot}  # an answer of one token has 0
         is_good = np.all([1000 * seconds[name] <= most for name, most in goodput.items()], axis=0)
         result["request_goodput"] = int(is_good.sum()) * per_s
     for name, (values, counts) in times.items():

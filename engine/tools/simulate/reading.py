@@ -3,7 +3,7 @@ a server. It does not know how they are run.
 
     poisson:rate=8,n=10000,input=512,output=128     arrivals at random; rate=inf: all at once
     burst:size=64,every=10,n=640,input=...          so many at once, every so many seconds
-    requests.jsonl                                  one object a line, see `_JSONL_KEYS`; Mooncake's traces are such
+    requests.jsonl                                  one object a line, see `_KEYS`; Mooncake's traces are such
     conversations.json                              ShareGPT: a list of {"conversations": [{"value": ...}, ...]}
     recording.json                                  what `octavo serve` has recorded: times and sizes of its requests
 
@@ -39,13 +39,16 @@ _KINDS: Mapping[str, Mapping[str, str]] = {
     "burst": {"size": "", "every": ""},
 }
 _COMMON = {"n": "1000", "input": "512", "output": "128", "prefix": "0", "prefixes": "1", "seed": "0", "like": ""}
-_JSONL_KEYS: Mapping[str, tuple[str, ...]] = {
-    "arrival": ("arrival_s", "timestamp"),
-    "prompt": ("prompt", "messages", "prompt_tokens", "input_length"),
-    "output": ("output_tokens", "max_tokens", "output_length"),
-    "blocks": ("hash_ids",),
+_KEYS = ("arrival_s", "prompt", "prompt_tokens", "output_tokens", "hash_ids")
+"""Of a line; hash_ids name blocks of 512 tokens."""
+_ALIASES = {
+    "timestamp": "arrival_s",
+    "messages": "prompt",
+    "input_length": "prompt_tokens",
+    "output_length": "output_tokens",
+    "max_tokens": "output_tokens",
 }
-"""Names of one thing each; timestamp is in milliseconds, hash_ids name blocks of 512 tokens."""
+"""What others call them; a timestamp is in milliseconds."""
 MAX_TOKENS = 1 << 24
 CHARACTERS_PER_TOKEN = 4
 
@@ -215,36 +218,35 @@ def _record(record: Any, encode: Encode | None) -> tuple[float, Any, int, Any]:
     """Return arrival in seconds or NaN, prompt or its size, output size, names of blocks or None."""
     if not isinstance(record, dict):
         raise ValueError(f"is {describe(record)}; allowed: an object")
-    found: dict[str, tuple[str, Any]] = {}
+    found: dict[str, Any] = {}
     for key, value in record.items():
-        thing = next((thing for thing, keys in _JSONL_KEYS.items() if key in keys), None)
-        if thing is None or thing in found:
-            known = ", ".join(" or ".join(keys) for keys in _JSONL_KEYS.values())
-            raise ValueError(f"{'a second ' if thing else 'unknown '}key {describe(key)}; allowed: {known}")
-        found[thing] = (key, value)
-    key, time = found.get("arrival", ("arrival_s", math.nan))
+        name = _ALIASES.get(key, key)
+        if name not in _KEYS or name in found:
+            known = ", ".join((*_KEYS, *_ALIASES))
+            raise ValueError(f"{'a second ' if name in found else 'unknown '}key {describe(key)}; allowed: {known}")
+        found[name] = value
+    time = found.get("arrival_s", math.nan)
     if isinstance(time, bool) or not isinstance(time, int | float) or time < 0:
-        raise ValueError(f"{key} is {describe(time)}; allowed: a number of at least 0")
-    prompt: Any
-    key, prompt = found.get("prompt", ("prompt_tokens", None))
-    if key in ("prompt_tokens", "input_length"):
-        prompt = _size(key, prompt)
+        raise ValueError(f"arrival_s is {describe(time)}; allowed: a number of at least 0")
+    if ("prompt" in found) == ("prompt_tokens" in found):
+        raise ValueError("allowed: either prompt or prompt_tokens")
+    size: Any = found.get("prompt_tokens", 1)
+    prompt: Any = found.get("prompt", size)
+    if "prompt_tokens" in found:
+        size = _size("prompt_tokens", size)
     elif isinstance(prompt, list) and prompt and all(type(each) is int and 0 <= each < 2**31 for each in prompt):
         prompt = np.array(prompt, dtype=np.int32)
     else:
         prompt = _encoded(prompt if isinstance(prompt, str) else _messages_text(prompt), encode)
-    if not isinstance(prompt, int) and not len(prompt):
-        raise ValueError("the prompt is empty")
-    blocks = found.get("blocks", ("", None))[1]
-    if blocks is not None and (
-        not isinstance(prompt, int)
-        or not isinstance(blocks, list)
-        or not all(type(each) is int for each in blocks)
-        or len(blocks) * HashedPrompts((), 512).block_tokens < prompt
-    ):
-        raise ValueError(f"hash_ids is {describe(blocks)}; allowed: an integer for every 512 tokens of input_length")
+        if not len(prompt):
+            raise ValueError("the prompt is empty")
+    names = found.get("hash_ids")
+    if names is not None:
+        good = isinstance(names, list) and all(type(each) is int for each in names) and "prompt_tokens" in found
+        if not good or len(names) * HashedPrompts.BLOCK_TOKENS < size:
+            raise ValueError(f"hash_ids is {describe(names)}; allowed: an integer for every 512 tokens of the prompt")
     seconds = float(time) / (1000 if "timestamp" in record else 1)
-    return seconds, prompt, _size(*found.get("output", ("output_tokens", None))), blocks
+    return seconds, prompt, _size("output_tokens", found.get("output_tokens")), names
 
 
 def _messages_text(messages: Any) -> str:

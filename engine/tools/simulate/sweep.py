@@ -23,7 +23,7 @@ from ...resolve import Hardware, ResolvedConfig, resolve
 from ...scheduler import SchedulerLimits
 from ...strict_json import parse_json
 from ..gpus import Gpu, find_gpu, hardware_of
-from ..roofline import CostModel, Roofline
+from ..roofline import LAUNCHES_PER_LAYER, LAUNCHES_PER_STEP, CostModel, Roofline
 from .cost import LinearCost
 from .figures import figures
 from .simulation import Simulation
@@ -111,11 +111,15 @@ class Scenario:
         if self.cost is not None:
             return self.cost
         assert self.gpu is not None, "one of the two is there"
-        part = self.efficiency
-        roofline = Roofline(
-            self.model, self.gpu, dtype=resolved.dtype, bandwidth_efficiency=part, flops_efficiency=part
+        num_launches = LAUNCHES_PER_LAYER * self.model.num_layers + LAUNCHES_PER_STEP
+        return Roofline(
+            self.model,
+            self.gpu,
+            dtype=resolved.dtype,
+            bandwidth_efficiency=self.efficiency,
+            flops_efficiency=self.efficiency,
+            launch_s=self.overhead_s / num_launches,
         )
-        return _WithOverhead(roofline, self.overhead_s)
 
     def run(self, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """Simulate and return all figures."""
@@ -150,17 +154,6 @@ class Scenario:
         parts = replace(self, workload=None).at(point)  # type: ignore[arg-type]
         digest.update(repr(parts).encode())
         return digest.hexdigest()[:32]
-
-
-class _WithOverhead(NamedTuple):
-    """A cost model, and seconds on top for every step."""
-
-    inner: CostModel
-    overhead_s: float
-
-    def step_s(self, work: Any) -> float:
-        """Return the seconds of one step."""
-        return self.inner.step_s(work) + self.overhead_s
 
 
 class Simulated(NamedTuple):

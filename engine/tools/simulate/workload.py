@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,12 +75,12 @@ class KnownPrompts:
 class HashedPrompts:
     """Ids of which only names of blocks are known: equal names, equal tokens, as in Mooncake's traces."""
 
+    BLOCK_TOKENS: ClassVar[int] = 512
     names: Sequence[Sequence[int]]
-    block_tokens: int = 512
 
     def __call__(self, number: int, num_tokens: int, vocab_size: int) -> Int32Array:
         """See `Prompts`."""
-        parts = [_draw(name, self.block_tokens) for name in self.names[number]]
+        parts = [_draw(name, self.BLOCK_TOKENS) for name in self.names[number]]
         return np.concatenate(parts)[:num_tokens] % np.int32(vocab_size)
 
 

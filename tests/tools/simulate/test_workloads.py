@@ -164,7 +164,7 @@ def test_words_that_mean_nothing_are_refused(text: str, message: str) -> None:
         ([1], "no ShareGPT file"),
         (7, "line 2: is 7; allowed: an object"),
         ({"prompt_tokens": 5}, "output_tokens is None"),
-        ({"output_tokens": 5}, "prompt_tokens is None"),
+        ({"output_tokens": 5}, "either prompt or prompt_tokens"),
         ({"prompt_tokens": 0, "output_tokens": 5}, "prompt_tokens is 0; allowed: an integer from 1"),
         ({"prompt_tokens": 5, "output_tokens": True}, "output_tokens is True"),
         ({"prompt_tokens": 5, "output_tokens": 5, "color": 1}, "unknown key 'color'"),
