@@ -14,7 +14,7 @@ import typer
 
 from ..errors import ConfigError
 from .endings import FAILED, INTERRUPTED, OK, Interrupt
-from .flags import Options
+from .flags import Options, own_options
 from .profile_options import KernelOptions, StepOptions, integers, split_words
 from .progress import GenerationBar
 from .startup_lines import start_llm
@@ -197,7 +197,7 @@ def profile_step(
     """
     from ..tools.profile.history import STEP, read_runs
 
-    own = StepOptions(**options.own)
+    own = own_options(StepOptions, options.own)
     model_name, history = split_words(words, own.history)
     sizes = integers("--batch-size", own.batch_size)
     read_runs(history, {"format": STEP, "about": {}})
