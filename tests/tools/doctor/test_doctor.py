@@ -21,16 +21,6 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.llm import LLM
 from octavo.engine.loader import bundled
 from octavo.engine.tools.doctor import Finding, Status, examine, machine, packages, selftest
-    Finding,
-    Status,
-    examine,
-    machine,
-    packages,
-    selftest,
-)
-from octavo.engine.tools.doctor import (
-    examine as examine_function,
-)
 from packaging.requirements import Requirement
 
 Patch = pytest.MonkeyPatch
