@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import EngineConfig
 from .errors import ConfigError, RequestError, describe
+from .events import Recorder
 from .intake import DEFAULT_MAX_TOKENS, Intake, Prompt, is_list
 from .sampling_params import SamplingParams
 from .scheduler import SchedulerStats
@@ -38,7 +39,7 @@ class LLM:
     Args:
         model: a bundled name, a folder, a .gguf file or a hub id; see `EngineConfig` for all settings.
         config: all settings as one object, instead of names.
-        on_phase, on_weights: see `start_engine`.
+        on_phase, on_weights, recorder: see `start_engine`.
         settings: any setting of `EngineConfig` and its parts by its flat name, such as `block_size=16`.
 
     Raises:
@@ -56,13 +57,16 @@ class LLM:
         config: EngineConfig | None = None,
         on_phase: Callable[[str], None] | None = None,
         on_weights: Callable[[int, int], None] | None = None,
+        recorder: Recorder | None = None,
         **settings: Any,
     ) -> None:
         if config is not None and (model is not None or settings):
             raise ConfigError("config is given together with other settings; allowed: one or the other")
         if config is None:
             config = EngineConfig.from_settings(({} if model is None else {"model": model}) | settings)
-        self.engine: Engine = start_engine(config, on_phase=on_phase, on_weights=on_weights)
+        self.engine: Engine = start_engine(
+            config, on_phase=on_phase, on_weights=on_weights, recorder=recorder
+        )
         self._core = self.engine.core
         self._intake = Intake(
             self.engine.tokenizer,

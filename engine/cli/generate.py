@@ -26,12 +26,15 @@ from .terminal import error_line, stderr
 
 if TYPE_CHECKING:
     from ..llm import LLM
+    from ..observe.ring import EventRing
 
 __all__ = ["generate"]
 
 WINDOW_FACTOR = 4
 """Requests taken in are at most so many times `max_num_seqs`."""
 MAX_ERRORS_SHOWN = 3
+MAX_RECORDED_STEPS = 1 << 16
+"""A recording of more has lost its beginning."""
 
 
 def generate(
@@ -49,6 +52,10 @@ def generate(
         typer.Option(help="Write answers there as JSONL. A run that was cut off goes on where it was.", metavar="FILE"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start the output afresh.")] = False,
+    recording: Annotated[
+        Path | None,
+        typer.Option(help="Write the schedule there, for octavo replay: no prompts, no answers.", metavar="FILE"),
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat/--no-chat", help="Prompts are a user's messages, to be answered.", show_default=False),
@@ -86,10 +93,31 @@ def generate(
                 stderr().print(f"{output} has every answer already; --overwrite starts afresh")
                 return OK
             todo = chain([first], todo)
-        llm = start_llm(options.config, quiet=options.quiet)
+        ring = None if recording is None else _ring(recording)
+        llm = start_llm(options.config, quiet=options.quiet, recorder=ring)
+        if recording is not None and ring is not None:
+            stack.callback(_write_recording, recording, llm, ring)
         if results is not None:
             results.begin(_found_settings(llm))
         return _run(llm, requests, todo, results, total, as_text=as_text, quiet=options.quiet)
+
+
+def _ring(recording: Path) -> EventRing:
+    """Return what keeps a run, once it is sure that it can be written down."""
+    from ..observe.ring import EventRing
+
+    recording.touch()
+    return EventRing(MAX_RECORDED_STEPS)
+
+
+def _write_recording(path: Path, llm: LLM, ring: EventRing) -> None:
+    """Write a run down, with what its schedule depended on."""
+    from ..observe.recording import dumps, schedule_facts
+
+    limits, config = llm.engine.core.scheduler.limits, llm.engine.config
+    sizes = ("vocab_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size")
+    facts = {name: getattr(limits, name) for name in sizes} | schedule_facts(config)
+    path.write_bytes(dumps(ring, {"model": Path(config.model).name, **facts}))
 
 
 def _is_text(text: bool | None, output: Path | None, options: Options) -> bool:

@@ -14,6 +14,7 @@ from ..config import EngineConfig, GenerationConfig
 from .terminal import printable, stderr
 
 if TYPE_CHECKING:
+    from ..events import Recorder
     from ..llm import LLM
     from ..resolve import Choice
     from ..startup import StartupPhase
@@ -23,7 +24,7 @@ __all__ = ["StartBar", "start_llm", "startup_lines"]
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def start_llm(config: EngineConfig, *, quiet: bool) -> LLM:
+def start_llm(config: EngineConfig, *, quiet: bool, recorder: Recorder | None = None) -> LLM:
     """Start an engine; unless quiet, stderr shows what it waits for, then a table of phases and choices.
 
     Raises:
@@ -33,7 +34,7 @@ def start_llm(config: EngineConfig, *, quiet: bool) -> LLM:
     with StartBar(quiet=quiet) as bar:
         from ..llm import LLM
 
-        llm = LLM(config=config, on_phase=bar.on_phase, on_weights=bar.on_weights)
+        llm = LLM(config=config, on_phase=bar.on_phase, on_weights=bar.on_weights, recorder=recorder)
     engine = llm.engine
     if not quiet:
         seconds = time.monotonic() - start

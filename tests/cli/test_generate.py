@@ -432,3 +432,18 @@ def test_special_tokens_in_prompts_are_refused_where_that_is_asked_for(
     assert [record.get("error") is None for record in ran.records] == [False, True, True]
     said = [{"messages": [{"role": "user", "content": "a<eos>b"}]}]
     assert generate("--input", write_jsonl(said), "--no-special-in-prompts").status == 0
+
+
+def test_a_recording_replays_and_holds_no_prompts(
+    generate: Run, octavo: Run, write_jsonl: Write, tmp_path: Path
+) -> None:
+    recording, shared = tmp_path / "run.json", "a zebra that all of them share, and "
+    entries = [{"prompt": f"{shared}{i % 3}", "max_tokens": 8 + i, "n": 1 + i % 2, "seed": i} for i in range(9)]
+    words = ("--temperature", "1", "--block-size", "8", "--kv-cache-tokens", "256", "--max-model-len", "128")
+    assert len(generate("--input", write_jsonl(entries), "--recording", recording, *words).records) == 9
+    ran = octavo("replay", recording)
+    assert ran.status == 0
+    assert ran.out.startswith("same schedule: ")
+    assert "9 requests" in ran.out
+    assert "zebra" not in recording.read_text()
+    assert generate("x", "--recording", tmp_path / "no" / "folder.json").status == 1
