@@ -16,8 +16,6 @@ from .settings import Limits
 __all__ = ["Disconnected", "read_object", "send_error", "send_json", "send_response"]
 
 _LINGER_S = 2.0
-_MAX_CONTAINERS = 100_000
-"""Arrays and objects of a body: ten times what the largest honest requests have."""
 _MANY_BYTES = 64 << 10
 """Parsing more takes longer than other clients should wait."""
 
@@ -48,12 +46,13 @@ async def read_object(scope: Scope, receive: Receive, limits: Limits) -> dict[st
             408, f"the body was not complete after {limits.body_s:g} s", headers=[("connection", "close")]
         ) from None
     Exchange.of(scope).num_body_bytes = len(body)
-    return await asyncio.to_thread(_parse, body) if len(body) > _MANY_BYTES else _parse(body)
+    max_parts = limits.body_parts
+    return await asyncio.to_thread(_parse, body, max_parts) if len(body) > _MANY_BYTES else _parse(body, max_parts)
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _parse(body: bytes, max_parts: int) -> dict[str, Any]:
     try:
-        value = parse_json(body.decode(), max_containers=_MAX_CONTAINERS)
+        value = parse_json(body.decode(), max_parts=max_parts)
     except UnicodeDecodeError as error:
         raise HTTPError(400, f"the body is no UTF-8 at byte {error.start}", code="invalid_json") from None
     except ValueError as error:

@@ -29,6 +29,7 @@ class Limits:
     """
 
     body_bytes: int = _limit(4 << 20, "of a request; a larger one is refused before it is read (413)")
+    body_parts: int = _limit(100_000, "strings (keys too), arrays and objects of a request (400)")
     header_bytes: int = _limit(16 << 10, "of a request's line and headers (431)")
     headers: int = _limit(100, "of a request (431)")
     header_s: float = _limit(10.0, "from the beginning of a request to the end of its headers (408)")

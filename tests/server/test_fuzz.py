@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
@@ -124,17 +125,27 @@ def _scrambled(rng: random.Random, body: bytes) -> bytes:
 
 
 def test_mutated_corpus(running: Running, count: Callable[[int, int], int], seed: int) -> None:
+    """A hundred at a time; with the tests below, 100,000 bodies in the full tier."""
     rng = random.Random(seed)
-    for number in range(count(300, 50_000)):
-        path, value = rng.choice(CORPUS)
-        for _ in range(rng.randrange(1, 4)):
-            value = _mutated(rng, value)
-        body = json.dumps(value).encode()
-        if rng.random() < 0.3:
-            body = _scrambled(rng, body)
-        _check(running.run(ask(running.server.app, path, body, num_parts=rng.randrange(1, 4))), body)
-        if number % 100 == 99:
-            running.check_canary()
+
+    async def ask_all(cases: list[tuple[str, bytes]]) -> list[Answer]:
+        app = running.server.app
+        return await asyncio.gather(*(ask(app, *case, num_parts=rng.randrange(1, 4)) for case in cases))
+
+    for _ in range(count(3, 930)):
+        cases = [_fuzzed(rng) for _ in range(100)]
+        for answer, (_, body) in zip(running.run(ask_all(cases)), cases, strict=True):
+            _check(answer, body)
+        running.check_canary()
+
+
+def _fuzzed(rng: random.Random) -> tuple[str, bytes]:
+    """Return a path and a body that is nearly right for it."""
+    path, value = rng.choice(CORPUS)
+    for _ in range(rng.randrange(1, 4)):
+        value = _mutated(rng, value)
+    body = json.dumps(value).encode()
+    return path, _scrambled(rng, body) if rng.random() < 0.3 else body
 
 
 @pytest.mark.parametrize("body", NESTED)
@@ -147,7 +158,7 @@ def test_deep_nesting(running: Running, body: bytes) -> None:
     ("body", "words"),
     [
         (b'{"prompt": "a", "prompt": "b"}', "given twice"),
-        (b'{"a":1,' + b",".join(b'"k%d":1' % i for i in range(200_000)) + b',"a":2}', "given twice"),
+        (b'{"a":1,' + b",".join(b'"k%d":1' % i for i in range(99_000)) + b',"a":2}', "given twice"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),
         (b'{"prompt": "a", "temperature": -Infinity}', "Infinity"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "digits"),
@@ -165,8 +176,10 @@ def test_deep_nesting(running: Running, body: bytes) -> None:
         (b'"prompt"', "object"),
         (b'{"prompt": "a", "n": 1000000000}', "n is"),
         (b'{"prompt": [' + b"0," * 100_000 + b"0]}", "tokens"),
-        (b'{"prompt": [' + b"[]," * 100_000 + b"[]]}", "opening brackets"),
-        (b'{"prompt": [' + b"{}," * 100_000 + b"{}]}", "opening brackets"),
+        (b'{"prompt": [' + b"[]," * 100_000 + b"[]]}", "100000 strings, arrays and objects"),
+        (b'{"prompt": [' + b"{}," * 100_000 + b"{}]}", "100000 strings, arrays and objects"),
+        (b"{" + b",".join(b'"k%d":1' % i for i in range(300_000)) + b"}", "100000 strings, arrays and objects"),
+        (b'{"prompt": [' + b'"",' * 100_000 + b'""]}', "100000 strings, arrays and objects"),
     ],
 )
 def test_what_is_no_strict_json(running: Running, body: bytes, words: str) -> None:
@@ -174,6 +187,36 @@ def test_what_is_no_strict_json(running: Running, body: bytes, words: str) -> No
     assert answer.status == 400
     assert answer.error is not None
     assert words in answer.error["message"]
+
+
+_PARTS = st.recursive(
+    st.integers() | st.text('a"\\[]{}:,\u00e9'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text('ab"\\[{'), inner),
+)
+
+
+@given(_PARTS)
+@example("\\" * 9)
+@example({'a\\"': "[[[[", "\\": '"""'})
+def test_parts_are_counted_as_they_are(value: Any) -> None:
+    """Whatever strings look like; and what has too many is refused before it is parsed."""
+
+    def num_parts(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + len(value) + sum(map(num_parts, value.values()))
+        return 1 + sum(map(num_parts, value)) if isinstance(value, list) else isinstance(value, str)
+
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, separators=(" , ", " : "))):
+        assert parse_json(text, max_parts=num_parts(value)) == value
+        if num_parts(value) > 0:
+            with pytest.raises(ValueError, match="strings, arrays and objects"):
+                parse_json(text, max_parts=num_parts(value) - 1)
+
+
+@pytest.mark.parametrize("text", ['"', '"\\"', '"\\" ', '\\"', '"" ', '"\\\\'])
+def test_counting_parts_takes_no_longer_where_strings_do_not_end(text: str) -> None:
+    with pytest.raises(ValueError, match=r"strings, arrays and objects|column|control"):
+        parse_json(text * 1_000_000, max_parts=1000)
 
 
 def test_large_bodies_are_parsed_aside(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +252,17 @@ def test_schemathesis(running: Running, count: Callable[[int, int], int], path: 
     """Bodies made from the OpenAPI document: valid by it, or not."""
     operation = schemathesis.openapi.from_dict(openapi_document())[path]["POST"]
 
+    num_asked = 0
+
     @settings(max_examples=count(15, 1000), suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy(generation_mode=mode))
     def run(case: Any) -> None:
+        nonlocal num_asked
         body = case.body if isinstance(case.body, bytes) else json.dumps(case.body, default=str).encode()
         _check(running.run(ask(running.server.app, path, body)), body)
+        num_asked += 1
+        if num_asked % 100 == 0:
+            running.check_canary()
 
     run()
     running.check_canary()
