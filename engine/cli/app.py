@@ -25,6 +25,8 @@ from .serve import serve
 from .serve_options import ServeOptions
 from .simulate import simulate
 from .simulate_options import SimulateOptions
+from .verify import verify
+from .verify_options import VerifyOptions
 
 __all__ = ["app"]
 
@@ -61,6 +63,7 @@ app.command(cls=GroupedCommand)(with_flags(generate))
 app.command(cls=GroupedCommand)(with_flags(chat))
 app.command(cls=GroupedCommand)(with_flags(lens))
 app.command(cls=GroupedCommand)(with_flags(serve, ServeOptions, "Server"))
+app.command(cls=GroupedCommand)(with_flags(verify, VerifyOptions, "Verification"))
 app.command(cls=GroupedCommand)(with_flags(plan, PlanOptions, "Plan"))
 app.command(cls=GroupedCommand)(with_flags(simulate, SimulateOptions, "Simulation"))
 app.command(cls=GroupedCommand)(with_fields(replay, ReplayOptions))

@@ -8,8 +8,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,11 +19,9 @@ from .answers import beyond_text
 from .endings import FAILED, OK
 from .flags import Options
 from .lens_table import table_lines
+from .parts_bar import PartsBar
 from .startup_lines import start_llm
 from .terminal import error_line, show, stderr
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 __all__ = ["lens"]
 
@@ -95,7 +92,7 @@ def lens(
     from ..tools.lens import lens_page, lens_record, look
 
     params = SamplingParams.from_mapping({"temperature": 0.0, **options.sampling})
-    with _Bar(quiet=options.quiet) as bar:
+    with PartsBar(quiet=options.quiet) as bar:
         found = look(
             llm,
             [{"role": "user", "content": prompt}] if chat else prompt,
@@ -173,42 +170,3 @@ def _write(file: Path | None, text: str) -> None:
         sys.stdout.flush()
     else:
         file.write_text(text, encoding="utf-8")
-
-
-class _Bar:
-    """Shows on a terminal what is done now and how long it will take."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        console = stderr()
-        self._bar: Progress | None = None
-        self._what = ""
-        if console.is_terminal and not quiet:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                *(TextColumn("  {task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(compact=True)),
-                console=console,
-                transient=True,
-            )
-
-    def __enter__(self) -> _Bar:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def on_progress(self, what: str, done: int, total: int) -> None:
-        """Note how far a part of the work is."""
-        if self._bar is None:
-            return
-        if what != self._what:
-            self._what = what
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._bar.add_task(what, total=total)
-        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
