@@ -6,9 +6,9 @@ cost model was fitted to runs in which they were not. Requests that arrive while
 as in the engine. Outputs are as long as the workload says; every output token is the same, so two requests share KV
 only as far as their prompts are equal.
 
-Stretches in which nothing can happen but one more token for each row are run without the scheduler: no row ends, fills
-a block or needs one, and nobody could be admitted. `tests/tools/simulate/` holds that this changes no figure, bit by
-bit.
+Stretches in which nothing can happen but one more token for each row are run without the scheduler: nobody arrives, and
+no row ends, fills a block or needs one. Who waits goes on waiting: whoever was refused is refused again as long as no
+row, no block and no cached prefix has come. `tests/tools/simulate/` holds that this changes nothing, bit by bit.
 """
 
 from __future__ import annotations
@@ -274,8 +274,6 @@ class Simulation:
         """Run the steps in which nothing is decided: every row gets a token, and that is all."""
         scheduler = self.scheduler
         table, kv = scheduler.rows, scheduler.kv
-        if table.num_free_rows and scheduler.waiting.head() is not None:
-            return
         num_computed = table.num_computed_tokens[rows]
         # The next step runs [num_computed, num_computed + 1): it must fit, fill no block and not be the last.
         most = min(

@@ -62,6 +62,18 @@ def test_steps_whose_beginning_is_not_in_a_recording_are_left_out(tmp_path: Path
     assert not Counter(step.work for step in found) - expected
 
 
+def test_what_comes_after_a_step_counts_also_where_nothing_follows(tmp_path: Path) -> None:
+    record(tmp_path / "run.json")
+    whole = recording.loads((tmp_path / "run.json").read_bytes())
+    early = EventRing(100_000, 10_000)
+    for event in whole.ring.events:
+        early.on_request(event)
+    for step in whole.ring.steps:
+        early.on_step(step._replace(end_s=step.end_s - 0.001))
+    found, expected = measured_steps(whole._replace(ring=early)), measured_steps(whole)
+    assert [step.seconds for step in found] == pytest.approx([step.seconds for step in expected], abs=3e-6)
+
+
 def test_a_fit_is_the_least_squares_one_without_negative_parts() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):

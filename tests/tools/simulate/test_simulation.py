@@ -31,6 +31,13 @@ CASES = {
     "crowded": (draw(80, 30.0, seed=2), limits()),
     "at once": (draw(80, math.inf, seed=3), limits()),
     "preempted": (draw(60, math.inf, seed=4, output=200), limits(num_blocks=40)),
+    # Both rows fill a block in the same step, and one of them loses it in the next.
+    "in step": (
+        Workload(
+            "alike", np.zeros(12), np.full(12, 20), np.full(12, 100), DrawnPrompts(0, np.zeros(12, dtype=np.int64))
+        ),
+        limits(max_num_seqs=2, num_blocks=10),
+    ),
     "small blocks": (draw(40, 1.0, seed=5), limits(block_size=4, num_blocks=256)),
     "large blocks": (draw(40, 1.0, seed=6), limits(block_size=128, num_blocks=32)),
     "no cache": (draw(40, 1.0, seed=7), limits(prefix_caching=False)),
@@ -84,7 +91,7 @@ def test_every_time_is_that_of_a_plain_simulation_token_by_token(name: str) -> N
     gaps = np.concatenate([np.diff(mine) for mine in times.values()])
     assert np.array_equal(np.sort(np.repeat(outcome.gaps_s, outcome.num_gaps)), np.sort(gaps))
     assert outcome.busy_s <= outcome.finished_s[outcome.done].max()
-    if name == "preempted":
+    if name in ("preempted", "in step"):
         assert outcome.num_preemptions.sum() > 5
     if name == "refused":
         assert len(outcome.refused) == (~outcome.done).sum() > 5
@@ -93,7 +100,12 @@ def test_every_time_is_that_of_a_plain_simulation_token_by_token(name: str) -> N
 @pytest.mark.parametrize("name", CASES)
 def test_running_ahead_changes_nothing(name: str) -> None:
     workload, allowed = CASES[name]
-    quick, slow = (simulate(workload, allowed, Uneven(), run_ahead=ahead) for ahead in (True, False))
+    both = [Simulation(workload, allowed, Uneven(), run_ahead=ahead) for ahead in (True, False)]
+    quick, slow = (simulation.run() for simulation in both)
+    pools = [simulation.scheduler.kv.pool for simulation in both]
+    assert pools[0].free_blocks() == pools[1].free_blocks()
+    for block in range(1, allowed.num_blocks + 1):
+        assert pools[0].cached_entry(block) == pools[1].cached_entry(block)
     for each in fields(Outcome):
         first, second = getattr(quick, each.name), getattr(slow, each.name)
         if each.name not in ("gaps_s", "num_gaps"):
@@ -136,13 +148,15 @@ def test_prompts_that_share_a_prefix_hit_exactly_its_full_blocks() -> None:
 
 def test_the_timeline_tells_what_ran_at_each_moment() -> None:
     zeros = np.zeros(3, dtype=np.int64)
-    workload = Workload("three", np.array([0.0, 8.0, 8.0]), zeros + 40, zeros + 16, DrawnPrompts(0, zeros))
-    outcome = simulate(workload, limits(max_num_seqs=1), Constant(0.25))
-    assert outcome.finished_s.tolist() == [4.0, 12.0, 16.0]
+    workload = Workload("three", np.array([0.0, 8.25, 8.25]), zeros + 40, zeros + 16, DrawnPrompts(0, zeros))
+    step_s = 0.25 + 2**-11  # what happens lies just behind a moment that is told
+    outcome = simulate(workload, limits(max_num_seqs=1), Constant(step_s))
+    first, second, third = (16 * step_s, 8.25 + 16 * step_s, 8.25 + 32 * step_s)
+    assert outcome.finished_s.tolist() == [first, second, third]
     at = (np.arange(len(outcome.moments)) * outcome.distance_s).tolist()
     for time_s, (running, waiting, used) in zip(at, outcome.moments.tolist(), strict=True):
-        assert running == (not 4 <= time_s < 8), time_s
-        assert waiting == (8 <= time_s < 12), time_s
+        assert running == (not first <= time_s < 8.25), time_s
+        assert waiting == (8.25 <= time_s < second), time_s
         assert (used > 0) == running, time_s
     assert 200 < len(at) <= 1024
 

@@ -95,6 +95,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(runs: list[Simulated], tmp_path: P
     assert read_finished(file, SCENARIO, points).keys() == {0, 1, 3}
     for other in (
         replace(SCENARIO, workload=draw(40, 20.0, seed=1)),
+        replace(SCENARIO, workload=replace(SCENARIO.workload, output_tokens=SCENARIO.workload.output_tokens + 1)),
         replace(SCENARIO, cost=LinearCost((1.0, 0, 0, 0, 0, 0))),
         replace(SCENARIO, goodput={}),
         replace(

@@ -73,6 +73,9 @@ def test_drawn_prompts_share_their_prefix_and_nothing_else() -> None:
     assert len({tuple(ids[:32]) for ids in found}) == 3
     assert len({tuple(ids[32:]) for ids in found}) == 300
     assert len({tuple(ids[:32]) for ids in prompts(workload, 7)}) == 3
+    many = read_workload("poisson:rate=1,n=70000,input=40")
+    assert many.prompt(0, 50_000)[2:].tolist() == many.prompt(65_536, 50_000)[2:].tolist()
+    assert many.prompt(0, 50_000)[:2].tolist() != many.prompt(65_536, 50_000)[:2].tolist()
 
 
 def test_lines_may_have_sizes_texts_or_ids(write: Any) -> None:
