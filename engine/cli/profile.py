@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["profile_kernels", "profile_step"]
 
 DEFAULT_GEOMETRY = "llama-3-8b"
+DEFAULT_TARGET = "sm_90"
 
 
 class _Doing:
@@ -37,15 +38,15 @@ class _Doing:
 
 
 def profile_kernels(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL", show_default=False)] = None,
     *,
     options: KernelOptions,
     quiet: bool,
 ) -> int:
     """Show what every kernel compiles to and how much work it has at a model's sizes; times it where it can run.
 
-    Needs no GPU: what is read of machine code is the same everywhere. MODEL is a folder, a .gguf file, a bundled name
-    or a hub id whose sizes count; none of its weights are read.
+    Needs no GPU: what is read of machine code is the same everywhere. MODEL is a folder, a config.json, a .gguf
+    file, a bundled name or a hub id whose sizes count; none of its weights are read.
     """
     from octavo.kernels.aot.compile import default_cache
 
@@ -58,29 +59,26 @@ def profile_kernels(
     profile = KernelProfile(
         name,
         model,
-        targets=options.target.split(","),
+        targets=_targets(options.target),
         block_sizes=integers("--block-size", options.block_size),
         cache=options.kv_cache,
         only=options.only.split(",") if options.only else (),
         clock=best_clock() if (_has_gpu() if options.time is None else options.time) else None,
     )
     read_runs(history, profile.document)  # before minutes go into what shall be compared with them
+    if options.compile:
+        variants, doing = profile.variants(), _Doing()
+        doing.now = "kernels compiled, or remembered"
+        with GenerationBar(doing, len(variants), num_over=0, quiet=quiet) as bar:
+
+            def advance() -> None:
+                bar.over()
+                bar.step()
+
+            profile.compile(
+                variants, cache=options.cache or default_cache(), num_workers=options.workers, advance=advance
+            )
     with Interrupt() as interrupt:
-        if options.compile:
-            variants = profile.variants()
-            doing = _Doing()
-            with GenerationBar(doing, len(variants), num_over=0, quiet=quiet) as bar:
-                doing.now = "kernels compiled or remembered"
-
-                def advance() -> None:
-                    if interrupt.wanted:
-                        raise KeyboardInterrupt
-                    bar.over()
-                    bar.step()
-
-                profile.compile(
-                    variants, cache=options.cache or default_cache(), num_workers=options.workers, advance=advance
-                )
         if profile.document["about"]["backend"]:
             _time(profile, options.rounds, interrupt, quiet=quiet)
     return _finish(profile.document, history, options, stopped=interrupt.wanted)
@@ -107,6 +105,18 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _targets(text: str | None) -> list[str]:
+    """Return the architectures to compile for: those asked for, or that of the GPU that is here."""
+    import torch
+
+    from ..tools.profile.kernels import CARDS
+
+    if text is not None:
+        return text.split(",")
+    here = "sm_{}{}".format(*torch.cuda.get_device_capability()) if _has_gpu() else DEFAULT_TARGET
+    return [here if here in CARDS else DEFAULT_TARGET]
 
 
 def _time(profile: KernelProfile, num_rounds: int, interrupt: Interrupt, *, quiet: bool) -> None:
@@ -186,7 +196,7 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def profile_step(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL", show_default=False)] = None,
     *,
     options: Options,
 ) -> int:
@@ -215,7 +225,7 @@ def profile_step(
     if own.trace is not None:
         rounds.append(("under torch's profiler", functools.partial(profile.trace, own.trace)))
     if own.proton is not None:
-        rounds.append(("under Proton", functools.partial(profile.proton, own.proton)))
+        rounds.append(("under Proton", functools.partial(iter, profile.proton(own.proton))))
     total = profile.num_steps * len(rounds)
     with Interrupt() as interrupt, GenerationBar(doing, total, num_over=0, quiet=options.quiet) as bar:
         for name, run in rounds:

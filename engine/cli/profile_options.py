@@ -35,10 +35,14 @@ def integers(flag: str, text: str) -> list[int]:
 def split_words(words: Sequence[str] | None, history: Sequence[str] | None) -> tuple[str | None, list[Path]]:
     """Return the model and the earlier runs: what follows the first value of --history arrives as an argument.
 
+    Of files that end in .json only a config.json is then taken for a model.
+
     Raises:
         ConfigError: there are two models.
     """
-    rest = [word for word in words or () if not (history and word.endswith(".json"))]
+    rest = [
+        word for word in words or () if not history or Path(word).suffix != ".json" or Path(word).name == "config.json"
+    ]
     if len(rest) > 1:
         raise ConfigError(f"two models are named: {describe(rest[0])} and {describe(rest[1])}; allowed: one")
     more = [word for word in words or () if word not in rest]
@@ -56,8 +60,8 @@ class KernelOptions:
     geometry: str | None = None
     """Sizes by name: llama-3-8b, mistral-7b, qwen3-8b, qwen3-0.6b, smollm2-135m, gpt2; or field=value,... to change
     some. Not given: llama-3-8b, or those of MODEL."""
-    target: str = "sm_90"
-    """Of sm_80, sm_89, sm_90, sm_100, sm_120, several with commas."""
+    target: str | None = None
+    """Of sm_80, sm_89, sm_90, sm_100, sm_120, several with commas. Not given: the GPU's here, or sm_90."""
     only: str | None = None
     """Only ops or kernels whose names contain this, or one of these with commas."""
     block_size: str = "64,16"

@@ -68,6 +68,15 @@ def test_steps_are_taken_apart(octavo: Run, model_folder: Path, tmp_path: Path) 
     assert again.status in (0, 1)  # a machine may be busier now
 
 
+def test_a_model_may_be_a_config_alone_even_beside_a_history(octavo: Run, model_folder: Path, tmp_path: Path) -> None:
+    words = (*KERNELS, model_folder / "config.json", "--json", tmp_path / "out.json")
+    assert octavo(*words).status == 0
+    ran = octavo(*words, "--history", tmp_path / "out.json", tmp_path / "out.json")
+    assert (ran.status, ran.err) == (0, "nothing is worse than in out, out\n")
+    sizes = json.loads((tmp_path / "out.json").read_text())["about"]["sizes"]
+    assert (sizes["hidden_size"], sizes["vocab_size"], sizes["dtype"]) == (32, 264, "float32")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from octavo.kernels.aot.targets import Model
 
-from ...loader import resolve_model
 from ...runner.warmup import kernel_models
+from ..plan import read_model
 
 __all__ = ["model_sizes"]
 
@@ -18,5 +18,5 @@ def model_sizes(name: str) -> Model:
     Raises:
         ConfigError, CheckpointError: there is no such model, or its config is not supported.
     """
-    config = resolve_model(name, load_format="dummy").model_config
+    config = read_model(name)
     return kernel_models(config, config.dtype, None)[0]

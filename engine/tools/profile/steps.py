@@ -114,15 +114,18 @@ class StepProfile:
             self._device_busy = busy_part([(each.start, each.end) for each in kernels])
 
     def proton(self, file: Path) -> Iterator[None]:
-        """Run one more round under Triton's own profiler; yields after every step.
+        """Return what runs one more round under Triton's own profiler, step by step.
 
         Raises:
             ConfigError: there is no GPU.
         """
-        from octavo.kernels.profiling import proton_session
-
         if not self._is_cuda:
             raise ConfigError("--proton is given and the engine runs on a CPU; it needs a GPU, --trace does not")
+        return self._under_proton(file)
+
+    def _under_proton(self, file: Path) -> Iterator[None]:
+        from octavo.kernels.profiling import proton_session
+
         with proton_session(file):
             yield from self.run_round(counts=False)
 

@@ -158,7 +158,7 @@ def test_a_trace_has_every_part_by_name(llm: LLM, tmp_path: Path) -> None:
 
 def test_proton_is_refused_without_a_gpu(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a GPU"):
-        list(StepProfile(llm, Load((1,), 4, 2)).proton(tmp_path / "p"))
+        StepProfile(llm, Load((1,), 4, 2)).proton(tmp_path / "p")  # before any round is run
 
 
 @pytest.mark.parametrize(
