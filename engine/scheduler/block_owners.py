@@ -16,8 +16,8 @@ from .kv_cache_manager import KVCacheManager
 __all__ = ["MAX_KIN", "BlockOwners"]
 
 MAX_KIN = 32
-"""Runs of blocks of one owner that are told at once. Where there are more (a conversation of many turns), those nearest
-to the end are: what comes before them is found through the last owner's own blocks."""
+"""Runs of blocks of one owner that are told at once. Where there are more (a conversation of many turns), the first of
+them stands for all before it as well: who had its blocks had those too, and has told whose they were."""
 SPARE = 1024
 
 
@@ -54,7 +54,10 @@ class BlockOwners:
         Returns:
             Those that others had before, as `RequestEvent.kin` has them.
         """
-        runs = list(self._runs(request))[-MAX_KIN:]
+        runs = list(self._runs(request))
+        if len(runs) > MAX_KIN:
+            (_, first, _), (owner, _, end) = runs[0], runs[-MAX_KIN]
+            runs = [(owner, first, end), *runs[1 - MAX_KIN :]][:MAX_KIN]
         return tuple(number for run in runs for number in run)
 
     def filled(self, request: Request) -> Iterable[tuple[int, int, int, int]]:

@@ -16,7 +16,7 @@ from octavo.engine.observe.crash import write_bundle
 from octavo.engine.observe.ring import EventRing
 from octavo.engine.request import Request
 from octavo.engine.sampling_params import SamplingParams
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.scheduler import Scheduler, block_owners
 from octavo.engine.scheduler.block_owners import SPARE, BlockOwners
 from octavo.engine.scheduler.block_pool import CachedBlock
 from octavo.engine.tools.replay import Script, read_bundle, replay, shrink
@@ -274,3 +274,38 @@ def test_names_of_lost_blocks_are_dropped() -> None:
     assert len(owners._owners) == SPARE + kv.pool.num_blocks
     assert not owners._known
     assert come_and_go(b"found", b"lost") == (0, 0, 1)
+
+
+@pytest.mark.parametrize("max_kin", [1, 2])
+def test_a_conversation_of_many_turns_is_told_in_few_numbers(max_kin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out of one turn is found through those before it."""
+    monkeypatch.setattr(block_owners, "MAX_KIN", max_kin)
+    ring = EventRing()
+    core = make_core(ring, num_blocks=200)
+    turns: list[list[int]] = [[7] * 9, [7] * 9]
+    for _ in range(6):
+        for i, tokens in enumerate(turns):
+            params = SamplingParams(max_tokens=11, seed=i, ignore_eos=True)
+            core.add_request(f"r{ring.num_events}", tokens, params)
+            (said,) = [output for _ in range(12) for output in core.step()]
+            turns[i] = [*tokens, *said.new_token_ids, 3, 4]
+    assert max(len(event.kin) for event in ring.events) == 3 * max_kin
+    script = script_of(recording.dumps(ring, facts_of_limits(core.scheduler.limits)))
+    assert max(len({owner for owner, _, _ in runs}) for runs in script.kin.values()) == 6
+    assert replay(script).difference is None
+
+
+def test_a_search_that_is_stopped_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = script_of(simulated(Scenario.from_seed(1).with_settings(PLANTED["double free"].settings))[1])
+    PLANTED["double free"].plant(monkeypatch)
+    difference = replay(script).difference
+    assert difference is not None
+    tries: list[int] = []
+    minimal = shrink(
+        script, difference, on_try=lambda num, left: tries.append(left), should_stop=lambda: len(tries) > 1
+    )
+    assert len(tries) == 2
+    assert minimal.script.num_requests <= script.num_requests
+    again = replay(script_of(json.dumps(minimal.recording).encode())).difference
+    assert again is not None
+    assert again.matches(difference)
