@@ -27,7 +27,8 @@ class SimulateOptions:
     """The card: h100, a100, l40s, 4090, ... or memory=24GiB,bandwidth=1TB/s,flops=160TFLOP/s. Steps take what its
     data sheet allows, which is a bound."""
     cost: Path | None = None
-    """What steps take: a recording of octavo serve, to which a model is fitted, or what --save-cost has written."""
+    """What steps take: a recording of octavo serve or JSON of octavo profile step, to which a model is fitted, or what
+    --save-cost has written."""
     save_cost: Path | None = None
     """Write the fitted model there."""
     efficiency: float = 1.0

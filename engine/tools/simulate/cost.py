@@ -21,6 +21,7 @@ from ...errors import ConfigError, describe
 from ...events import EventKind
 from ...observe.recording import Recording, loads
 from ...strict_json import parse_json
+from ..profile.history import STEP
 from ..roofline import StepWork
 
 __all__ = ["PARTS", "LinearCost", "MeasuredStep", "fit_cost", "measured_steps", "read_cost", "write_cost"]
@@ -134,10 +135,10 @@ def measured_steps(recording: Recording) -> list[MeasuredStep]:
 
 
 def read_cost(file: Path) -> LinearCost:
-    """Read a cost model, or fit one to a recording.
+    """Read a cost model, or fit one to a recording or to what `octavo profile step --json` has written.
 
     Raises:
-        ConfigError: the file is neither.
+        ConfigError: the file is none of these.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -148,6 +149,10 @@ def read_cost(file: Path) -> LinearCost:
         raise ConfigError(f"--cost {file}: {error}") from None
     if isinstance(document, dict) and "octavo_recording" in document:
         return fit_cost(measured_steps(loads(text)))
+    if isinstance(document, dict) and document.get("format") == STEP:
+        works = [StepWork(*(step[name] for name in StepWork._fields)) for step in document["steps"]]
+        seconds = [step["seconds"] for step in document["steps"]]
+        return fit_cost([MeasuredStep(*each) for each in zip(works, seconds, strict=True)])
     try:
         if document["octavo_cost"] != VERSION:
             raise ValueError
@@ -157,7 +162,8 @@ def read_cost(file: Path) -> LinearCost:
         return LinearCost(tuple(seconds), int(document.get("num_steps", 0)), float(document.get("error", 0.0)))
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
-            f"--cost {file} is {describe(document)}; allowed: a recording of octavo serve, or what --save-cost wrote"
+            f"--cost {file} is {describe(document)}; allowed: a recording of octavo serve, JSON of octavo "
+            "profile step, or what --save-cost wrote"
         ) from None
 
 

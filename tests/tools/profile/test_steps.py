@@ -21,6 +21,7 @@ from octavo.engine.tools.profile.step_page import part_table, step_page
 from octavo.engine.tools.profile.steps import Load, StepProfile, busy_part
 from octavo.engine.tools.report import text_lines
 from octavo.engine.tools.roofline import StepWork
+from octavo.engine.tools.simulate.cost import read_cost
 from octavo.kernels import dispatch, use_backend
 
 from ...checkpoints import make_tiny_llama
@@ -43,10 +44,10 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 @pytest.fixture(scope="module")
 def document(llm: LLM) -> dict[str, Any]:
-    """What two rounds say."""
+    """What three rounds say."""
     profile = StepProfile(llm, Load((1, 4), INPUT, OUTPUT))
-    num_steps = [sum(1 for _ in profile.run_round()) for _ in range(2)]
-    assert num_steps == [profile.num_steps] * 2  # a prompt of the larger batch is cut in two by the budget
+    num_steps = [sum(1 for _ in profile.run_round()) for _ in range(3)]
+    assert num_steps == [profile.num_steps] * 3  # a prompt of the larger batch is cut in two by the budget
     return profile.document()
 
 
@@ -117,12 +118,19 @@ def test_steps_say_what_they_had_to_do(document: dict[str, Any]) -> None:
     assert all(step["seconds"] > 0 for step in document["steps"])
 
 
+def test_a_simulation_can_be_fitted_to_the_steps(document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text(json.dumps(document))
+    cost = read_cost(tmp_path / "profile.json")
+    assert cost.num_steps == len(document["steps"])
+    assert cost.step_s(StepWork.of([(INPUT, INPUT)])) > 0
+
+
 def test_every_round_is_a_value_of_every_figure(document: dict[str, Any]) -> None:
-    assert {len(metric["values"]) for metric in document["metrics"].values()} == {2}
+    assert {len(metric["values"]) for metric in document["metrics"].values()} == {3}
     steps = [step for step in document["steps"] if step["kind"] == "decode" and step["batch_size"] == 4]
     means = [
         sum(times) / len(times)
-        for number in (0, 1)
+        for number in range(3)
         if (times := [step["seconds"] for step in steps if step["round"] == number])
     ]
     assert document["metrics"]["decode, batch of 4: a step"]["values"] == pytest.approx(means)

@@ -94,7 +94,7 @@ def test_a_cost_model_is_kept_in_a_file(tmp_path: Path) -> None:
     assert set(good["seconds"]) == set(PARTS)
     for bad in ([], {**good, "octavo_cost": 2}, {**good, "seconds": {**good["seconds"], "step": -1}}, {"seconds": 1}):
         file.write_text(json.dumps(bad))
-        with pytest.raises(ConfigError, match="allowed: a recording of octavo serve, or what --save-cost wrote"):
+        with pytest.raises(ConfigError, match="JSON of octavo profile step, or what --save-cost wrote"):
             read_cost(file)
     file.write_text("{")
     with pytest.raises(ConfigError, match="Expecting property name"):
