@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from .comparison import CLEAR_GAP, LogitDifferences
-from .ops import OpRecord
+from .judge import OpRecord
 
 __all__ = [
     "ConditionResult",

@@ -50,8 +50,8 @@ BUILT_IN: dict[str, str] = {
         "tides. When they pull at a right angle, at half moon, it is least; these are neap tides. The shape of the "
         "coast matters as much as the sky. In a wide ocean the difference may be half a metre, while in a narrow bay "
         "that happens to swing in time with the pull it can exceed fifteen. Sailors therefore never trusted a general "
-        "rule. They kept tables for every harbour, wrote down what they saw, and corrected the tables year after year, long "
-        "before anybody could say why the numbers were as they were."
+        "rule. They kept tables for every harbour, wrote down what they saw, and corrected the tables year after year, "
+        "long before anybody could say why the numbers were as they were."
     ),
 }
 """Name -> text: languages, code, numbers, two that begin alike, and one long enough for several chunks."""

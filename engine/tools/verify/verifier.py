@@ -23,7 +23,8 @@ from ...startup import Engine
 from .baseline import Baseline
 from .conditions import Condition, make_conditions
 from .forced import state_names
-from .ops import OpRecord, place_of
+from .judge import OpRecord
+from .ops import place_of
 from .reference import Reference
 from .report import ORDER, ConditionResult, Finding, Report
 from .texts import Text, make_texts

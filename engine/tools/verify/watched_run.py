@@ -15,8 +15,9 @@ from .baseline import Baseline
 from .comparison import LogitDifferences
 from .conditions import Condition
 from .forced import ForcedRun, Step, state_names
+from .judge import OpRecord, WrongOp
 from .metadata import ExpectedStep, MetadataDetector, Mismatch
-from .ops import OpDetector, OpRecord, WrongOp
+from .ops import OpDetector
 from .reference import Parameters
 from .report import ORDER, ConditionResult, Finding, logits_fault
 from .texts import Text
