@@ -105,9 +105,8 @@ class RequestEvent(NamedTuple):
     """ARRIVED: smaller is served earlier; 0 for all where the policy is first come, first served."""
     kin: tuple[int, ...] = ()
     """WAITS, ADMITTED: which of the full blocks of its tokens somebody else had before, as (serial, first, end) after
-    one another: blocks [first, end) are those of the sequence `serial`, which had them before. As much of it
-    as was not told before. It says who shares a prefix, and nothing about what is in it. In a recording that
-    was made small all of it is with ARRIVED."""
+    one another: blocks [first, end) are those of the sequence `serial`. Left out where it was told before. It says who
+    shares a prefix, and nothing about what is in it. In a recording that was made small all of it is with ARRIVED."""
 
 
 class StepEvent(NamedTuple):

@@ -35,6 +35,7 @@ class BlockOwners:
         self._owners: OrderedDict[bytes, int] = OrderedDict()
         self._known: dict[Request, tuple[int, int]] = {}
         """By sequence that has not ended: its number, and how many of its blocks were looked at."""
+        self._told: dict[Request, tuple[int, ...]] = {}
         self._num_entered = 0
 
     def enter(self, request: Request) -> int:
@@ -47,21 +48,27 @@ class BlockOwners:
     def leave(self, request: Request) -> None:
         """Take out a sequence that has ended; its blocks stay known."""
         del self._known[request]
+        self._told.pop(request, None)
 
     def kin(self, request: Request) -> tuple[int, ...]:
-        """Look at the blocks of a sequence whose names have become known since the last time.
+        """Look at all blocks of a sequence whose names are known: while it waited, some may have been dropped.
 
         Returns:
-            Those that others had before, as `RequestEvent.kin` has them.
+            Those that others had before, as `RequestEvent.kin` has them; nothing where that was told already.
         """
+        self._known[request] = self._known[request][0], 0
         runs = list(self._runs(request))
         if len(runs) > MAX_KIN:
             (_, first, _), (owner, _, end) = runs[0], runs[-MAX_KIN]
             runs = [(owner, first, end), *runs[1 - MAX_KIN :]][:MAX_KIN]
-        return tuple(number for run in runs for number in run)
+        kin = tuple(number for run in runs for number in run)
+        if kin == self._told.get(request, ()):
+            return ()
+        self._told[request] = kin
+        return kin
 
     def filled(self, request: Request) -> Iterable[tuple[int, int, int, int]]:
-        """Do the same while it runs; each of these as `StepEvent.kin` has it."""
+        """Look at the blocks that have got a name since then; each of these as `StepEvent.kin` has it."""
         serial, num_blocks = self._known[request]
         if len(request.digests) - 1 == num_blocks:
             return ()
