@@ -207,9 +207,9 @@ def _about(
         about["steps take"] = f"{scenario.cost}, fitted to {scenario.cost.num_steps:,} measured steps"
     else:
         assert scenario.gpu is not None, "one of the two is there"
-        about["steps take"] = f"{scenario.efficiency:.0%} of bandwidth and rate ({scenario.gpu.source}): a bound"
-        if scenario.overhead_s:
-            about["steps take"] += f", and {own.overhead_us:g} µs"
+        about["steps take"] = f"{scenario.efficiency:.0%} of bandwidth and rate ({scenario.gpu.source})"
+        more = f", and {own.overhead_us:,g} µs" if own.overhead_us else ""
+        about["steps take"] += more or (": a bound" if scenario.efficiency == 1 else "")
     if own.request_rate is not None:
         about["arrivals"] = f"{own.request_rate:g} requests per second"
     if not sweeps:

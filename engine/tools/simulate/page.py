@@ -71,13 +71,16 @@ def simulation_page(about: Mapping[str, Any], runs: Sequence[Simulated], notes: 
     )
     page.add("", facts(about), *map(note, notes))
     if len(runs) > 1:
-        page.add("All points", _table(runs), *_sweep_charts(runs))
+        page.add("", *_sweep_charts(runs))
+        page.add("All points", _table(runs))
     else:
         page.add("Figures", _table(runs), _times_table(runs[0]))
-    page.add("Over time", *_courses(runs[:MAX_RUNS]))
-    page.add("Latencies", *_distributions(runs[:MAX_RUNS]))
-    if len(runs) > MAX_RUNS:
-        page.add("", f"The first {MAX_RUNS} of {len(runs)} points are drawn.")
+    last, places = len(runs) - 1, min(MAX_RUNS, len(runs)) - 1
+    drawn = [runs[i * last // max(places, 1)] for i in range(places + 1)]
+    page.add(
+        "Over time", *([f"{len(drawn)} of {len(runs)} points."] if len(drawn) < len(runs) else []), *_courses(drawn)
+    )
+    page.add("Latencies", *_distributions(drawn))
     return page
 
 
