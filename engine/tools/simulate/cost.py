@@ -149,11 +149,9 @@ def read_cost(file: Path) -> LinearCost:
         raise ConfigError(f"--cost {file}: {error}") from None
     if isinstance(document, dict) and "octavo_recording" in document:
         return fit_cost(measured_steps(loads(text)))
-    if isinstance(document, dict) and document.get("format") == STEP:
-        works = [StepWork(*(step[name] for name in StepWork._fields)) for step in document["steps"]]
-        seconds = [step["seconds"] for step in document["steps"]]
-        return fit_cost([MeasuredStep(*each) for each in zip(works, seconds, strict=True)])
     try:
+        if isinstance(document, dict) and document.get("format") == STEP:
+            return fit_cost([_timed(step) for step in document["steps"]])
         if document["octavo_cost"] != VERSION:
             raise ValueError
         seconds = [float(document["seconds"][name]) for name in PARTS]
@@ -165,6 +163,10 @@ def read_cost(file: Path) -> LinearCost:
             f"--cost {file} is {describe(document)}; allowed: a recording of octavo serve, JSON of octavo "
             "profile step, or what --save-cost wrote"
         ) from None
+
+
+def _timed(step: Any) -> MeasuredStep:
+    return MeasuredStep(StepWork(*(int(step[name]) for name in StepWork._fields)), float(step["seconds"]))
 
 
 def write_cost(file: Path, cost: LinearCost) -> None:

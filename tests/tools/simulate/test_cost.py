@@ -12,6 +12,7 @@ import scipy.optimize
 from octavo.engine.errors import ConfigError
 from octavo.engine.observe import recording
 from octavo.engine.observe.ring import EventRing
+from octavo.engine.tools.profile.history import STEP
 from octavo.engine.tools.roofline import StepWork
 from octavo.engine.tools.simulate.cost import (
     PARTS,
@@ -85,6 +86,14 @@ def test_a_fit_is_the_least_squares_one_without_negative_parts() -> None:
         fit_cost([one] * 3)
 
 
+def test_a_fit_to_a_profile_finds_the_costs_that_made_it(tmp_path: Path) -> None:
+    rng, file = np.random.default_rng(0), tmp_path / "profile.json"
+    works = [StepWork(*rng.integers(1, 1000, 5).tolist()) for _ in range(50)]
+    steps = [{"kind": "mixed", **work._asdict(), "seconds": TRUE.step_s(work)} for work in works]
+    file.write_text(json.dumps({"format": STEP, "steps": steps}))
+    assert read_cost(file).seconds == pytest.approx(TRUE.seconds, rel=1e-6)
+
+
 def test_a_cost_model_is_kept_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
     write_cost(file, TRUE)
@@ -92,7 +101,13 @@ def test_a_cost_model_is_kept_in_a_file(tmp_path: Path) -> None:
     assert "per kv_tokens_read" in str(TRUE)
     good = json.loads(file.read_text())
     assert set(good["seconds"]) == set(PARTS)
-    for bad in ([], {**good, "octavo_cost": 2}, {**good, "seconds": {**good["seconds"], "step": -1}}, {"seconds": 1}):
+    for bad in (
+        [],
+        {"format": STEP, "steps": [{}]},
+        {**good, "octavo_cost": 2},
+        {**good, "seconds": {**good["seconds"], "step": -1}},
+        {"seconds": 1},
+    ):
         file.write_text(json.dumps(bad))
         with pytest.raises(ConfigError, match="JSON of octavo profile step, or what --save-cost wrote"):
             read_cost(file)
