@@ -76,7 +76,7 @@ def _scenario(
         if own.save_cost is not None:
             write_cost(own.save_cost, cost)
     scenario = Scenario(
-        _workload(words, config.model, own),
+        _workload(words, config, own),
         read_model(config.model),
         config,
         gpu,
@@ -102,20 +102,21 @@ def _gpu(name: str | None, config: EngineConfig) -> Gpu | None:
     return None if name is None else find_gpu(name)
 
 
-def _workload(words: str, model: str, own: SimulateOptions) -> Workload:
+def _workload(words: str, config: EngineConfig, own: SimulateOptions) -> Workload:
     """Read the workload, with the model's tokenizer if it needs one and there is one."""
     from ..text.tokenizer import Tokenizer
     from ..tools.simulate.reading import read_workload
 
-    encode, path = None, Path(model)
+    encode, path, folder, metadata = None, Path(config.model), None, None
     if Path(words).is_file():
-        if path.suffix == ".json":
+        if config.tokenizer is not None:
+            folder = Path(config.tokenizer)
+        elif path.suffix == ".json":
             folder = path.parent if (path.parent / "tokenizer.json").is_file() else None
-            metadata = None
         else:
             from ..loader import resolve_model
 
-            found = resolve_model(model, load_format="dummy")
+            found = resolve_model(config.model, load_format="dummy")
             folder, metadata = found.tokenizer_folder, found.tokenizer_metadata
         if folder is not None:
             encode = Tokenizer.from_folder(folder).encode

@@ -25,7 +25,7 @@ class SimulateOptions:
 
     gpu: str | None = None
     """The card: h100, a100, l40s, 4090, ... or memory=24GiB,bandwidth=1TB/s,flops=160TFLOP/s. Steps take what its
-    data sheet allows, which is a bound."""
+    data sheet allows, which is a bound; cpu: what this one is measured to reach."""
     cost: Path | None = None
     """What steps take: a recording of octavo serve or JSON of octavo profile step, to which a model is fitted, or what
     --save-cost has written."""

@@ -176,6 +176,19 @@ def test_the_verb_sweeps_keeps_and_resumes(simulate: Any, tmp_path: Path) -> Non
     assert json.loads(simulate(*words, "--json", "-").out)["points"][1]["point"] == {"max_num_batched_tokens": 32}
 
 
+def test_texts_are_counted_by_the_tokenizer_of_the_model_or_the_one_that_is_named(
+    octavo: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    file, alone = tmp_path / "texts.jsonl", tmp_path / "config.json"
+    file.write_text(json.dumps({"prompt": "twelve bytes", "output_tokens": 3}) + "\n")
+    alone.write_text((model_folder / "config.json").read_text())
+    for model, more, num in ((model_folder, (), 12), (alone, (), 3), (alone, ("--tokenizer", model_folder), 12)):
+        ran = octavo("simulate", file, "--gpu", "h100", "--max-model-len", "100", "--model", model, *more)
+        assert ran.status == 0, ran.err
+        assert re.search(rf"Total input tokens: +{num}\n", ran.out)
+        assert ("4 characters" in ran.err) == (num == 3)
+
+
 def test_requests_that_the_engine_would_refuse_are_named(simulate: Any) -> None:
     ran = simulate("--gpu", "h100", "--max-model-len", "20")
     assert ran.status == 1
