@@ -185,6 +185,10 @@ def parse_sweeps(words: Sequence[str]) -> dict[str, list[Any]]:
 
 def _value(name: str, text: str) -> Any:
     if name == "gpu":
+        if text == "cpu":
+            raise ConfigError(
+                "--sweep gpu=cpu: a CPU is measured, not looked up; allowed: --gpu cpu, without a sweep of it"
+            )
         return find_gpu(text).name
     value: Any = text
     with suppress(ValueError):

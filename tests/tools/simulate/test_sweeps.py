@@ -117,6 +117,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(runs: list[Simulated], tmp_path: P
         (["max_num_seqs=1,2,1"], "a value is given twice"),
         (["max_num_seqs=x"], "max_num_seqs is 'x'"),
         (["request_rate=0"], "request_rate is '0'"),
+        (["gpu=h100,cpu"], "a CPU is measured"),
         (["gpu=h900"], "gpu is 'h900'"),
     ],
 )
