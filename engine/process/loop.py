@@ -93,6 +93,26 @@ class EventLog:
         self.num_before_step = len(self.events)
 
 
+class _Pulse:
+    """Gives signs of life on a thread of its own, which holds nothing of the engine: it may outlive it for a moment."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._ended = threading.Event()
+        self.progress_s: float | None = None
+        """See `Heartbeat`."""
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="octavo-heartbeat", daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            self._outbox.beat(Heartbeat(time.monotonic(), self.progress_s))
+
+
 class EngineLoop:
     """Runs an engine for a front.
 
@@ -112,7 +132,7 @@ class EngineLoop:
         self._serving = True
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, "octavo-grammar")
         self._compiling: dict[str, tuple[AddRequest, Future[None]]] = {}
-        self._progress_s: float | None = None
+        self._pulse = _Pulse(outbox)
         self._outputs: list[EngineOutput] = []
         self._refusals: list[Refusal] = []
         self._aborted: list[str] = []
@@ -124,8 +144,7 @@ class EngineLoop:
             EngineDeadError: the core has given up; the front has been told.
         """
         core = self._core
-        pulse = threading.Event()
-        threading.Thread(target=self._beat, args=(pulse,), name="octavo-heartbeat", daemon=True).start()
+        self._pulse.start()
         try:
             while True:
                 self._take_messages(wait=not core.has_unfinished)
@@ -143,19 +162,15 @@ class EngineLoop:
             self._outbox.send(Died(f"the engine's loop failed: {error!r}"))
             raise EngineDeadError(f"the engine's loop failed: {error!r}") from error
         finally:
-            pulse.set()
+            self._pulse.end()
             self._compilers.shutdown(wait=False, cancel_futures=True)
-
-    def _beat(self, ended: threading.Event) -> None:
-        while not ended.wait(HEARTBEAT_S):
-            self._outbox.beat(Heartbeat(time.monotonic(), self._progress_s))
 
     def _take_messages(self, *, wait: bool) -> None:
         """Act on all messages that are there; where there is no work, wait for the first."""
         if wait:
-            self._progress_s = None
+            self._pulse.progress_s = None
             self._act(self._inbox.get())
-        self._progress_s = time.monotonic()
+        self._pulse.progress_s = time.monotonic()
         while True:
             try:
                 message = self._inbox.get_nowait()

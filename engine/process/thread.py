@@ -5,6 +5,7 @@ is asked of it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import threading
@@ -32,6 +33,8 @@ __all__ = ["ThreadLink"]
 
 MAX_UNREAD = 64
 """Messages that wait for the event loop; the engine's thread waits with more."""
+MAX_EXIT_S = 60.0
+"""How long the interpreter waits for a step when it exits: it would kill the thread, and in torch that is an abort."""
 
 
 class _Outbox:
@@ -87,9 +90,18 @@ class ThreadLink(EngineLink):
         self._ended = asyncio.Event()
         arguments = (config, factory, asyncio.get_running_loop())
         self._thread = threading.Thread(target=self._run, args=arguments, name="octavo-engine", daemon=True)
+        atexit.register(self._end_at_exit)
         self._thread.start()
 
     def _run(self, config: EngineConfig, factory: str, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._run_engine(config, factory)
+        finally:
+            # The engine is freed, which takes its time: of nobody's but this thread.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._ended.set)
+
+    def _run_engine(self, config: EngineConfig, factory: str) -> None:
         outbox, log = self._outbox, EventLog()
         try:
             engine = find_factory(factory)(
@@ -105,9 +117,6 @@ class ThreadLink(EngineLink):
             pass  # the loop has told the front
         except Exception as error:
             outbox.send(StartFailed.of(error))
-        finally:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._ended.set)
 
     async def _tokenizer(self, ready: Ready) -> Tokenizer | None:
         return self._engine_tokenizer
@@ -117,9 +126,18 @@ class ThreadLink(EngineLink):
         self._inbox.put(message)
 
     async def close(self, timeout_s: float) -> None:
-        """End the engine; a step that hangs cannot be ended by force, and keeps its thread until the process ends."""
+        """End the engine; a step cannot be ended by force, and keeps its thread until it is over."""
         self._closed = True
-        self._inbox.put(Shutdown())
-        self._outbox.close()
+        self._tell_to_end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), timeout_s)
+            self._thread.join()
+            atexit.unregister(self._end_at_exit)
+
+    def _tell_to_end(self) -> None:
+        self._inbox.put(Shutdown())
+        self._outbox.close()
+
+    def _end_at_exit(self) -> None:
+        self._tell_to_end()
+        self._thread.join(MAX_EXIT_S)

@@ -9,8 +9,10 @@ import os
 import re
 import signal
 import threading
+import time
 from typing import Any
 
+from octavo.engine.async_llm import CLOSE_TIMEOUT_S
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import CapacityError, CheckpointError, ConfigError
 from octavo.engine.process.fake import fake_engine
@@ -19,9 +21,9 @@ from octavo.engine.startup import Engine
 from octavo.engine.step import ModelOutput, SchedulerOutput
 
 FAULTY = "faulty_engines:faulty_engine"
-RAISE, EXIT, CRASH, HANG, HOG, NOT_FINITE = 1001, 1002, 1003, 1004, 1005, 1006
+RAISE, EXIT, CRASH, HANG, HOG, NOT_FINITE, SLOW = 1001, 1002, 1003, 1004, 1005, 1006, 1007
 """Seeds of requests that make the step they begin in fail."""
-FAULT_BEGINS = b"the fault begins\n"
+FAULT_BEGINS, FAULT_ENDS, FREED = b"the fault begins\n", b"the fault ends\n", b"the runner is freed\n"
 ENDLESS = re.compile("(a+)+b")
 NEVER = threading.Event()
 
@@ -29,6 +31,12 @@ NEVER = threading.Event()
 class FaultyRunner:
     def __init__(self, runner: FakeRunner) -> None:
         self._runner = runner
+        self._was_slow = False
+
+    def __del__(self) -> None:
+        if self._was_slow:
+            time.sleep(0.2)  # as memory takes its time to be freed
+            os.write(2, FREED)
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
         for sequence in step.new_sequences:
@@ -44,6 +52,11 @@ class FaultyRunner:
             elif sequence.seed == HOG:
                 os.write(2, FAULT_BEGINS)
                 ENDLESS.fullmatch("a" * 64)  # no other thread runs meanwhile
+            elif sequence.seed == SLOW:
+                self._was_slow = True
+                os.write(2, FAULT_BEGINS)
+                time.sleep(2 * CLOSE_TIMEOUT_S)
+                os.write(2, FAULT_ENDS)
             elif sequence.seed == NOT_FINITE:
                 self._runner.nan_rows.add(sequence.row)
         return self._runner.execute(step)

@@ -20,8 +20,8 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import CapacityError, CheckpointError, ConfigError, EngineDeadError
 from octavo.engine.process.client import ProcessLink
 
-from .conftest import check_canary, collect, expected, run, start
-from .faulty_engines import CRASH, EXIT, FAULT_BEGINS, FAULTY, HANG, HOG
+from .conftest import DEADLINE_S, check_canary, collect, expected, run, start
+from .faulty_engines import CRASH, EXIT, FAULT_BEGINS, FAULT_ENDS, FAULTY, FREED, HANG, HOG, SLOW
 
 NOTICED_S = 2.0
 LONG = {"max_model_len": 4000}
@@ -214,6 +214,32 @@ def test_engine_ends_with_its_parent(factory: str, seed: int, tmp_path: Path, co
         if not gone:
             engine.kill()
         assert gone, "the engine has outlived its parent"
+
+
+LEAVES = """
+import asyncio, sys
+from octavo.engine.async_llm import AsyncLLM
+from octavo.engine.config import EngineConfig
+
+sys.path.append({folder!r})
+
+async def main():
+    llm = await AsyncLLM.start(EngineConfig(), in_process=True, engine_factory={factory!r})
+    step = asyncio.create_task(anext(llm.generate([1], llm.params({{"seed": {seed}}}))))
+    await asyncio.sleep(0.2)
+    await llm.shutdown() if {shuts_down} else None
+    step.cancel()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("shuts_down", [True, False])
+def test_a_step_ends_before_the_interpreter(shuts_down: bool) -> None:
+    """And its engine is freed: on a thread that is killed in torch's code the process aborts."""
+    script = LEAVES.format(folder=str(Path(__file__).parent), factory=FAULTY, seed=SLOW, shuts_down=shuts_down)
+    left = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=DEADLINE_S, check=True)
+    assert left.stderr == FAULT_BEGINS + FAULT_ENDS + FREED
 
 
 @pytest.mark.parametrize("in_process", [True, False], ids=["thread", "process"])
