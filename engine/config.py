@@ -223,8 +223,8 @@ class EngineConfig:
     generation_config: Literal["auto", "none"] = "auto"
     """auto: the sampling defaults that come with the model, where it has any; none: octavo's own."""
     special_in_prompts: bool = True
-    """Take the text of a special token in a prompt as that token; without, refuse such a prompt. In messages it is never
-    more than text."""
+    """Take the text of a special token in a prompt as that token; without, refuse such a prompt. In messages it is
+    never more than text."""
     seed: int = 0
     """Where the seeds of requests that give none come from."""
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -64,9 +64,7 @@ class LLM:
             raise ConfigError("config is given together with other settings; allowed: one or the other")
         if config is None:
             config = EngineConfig.from_settings(({} if model is None else {"model": model}) | settings)
-        self.engine: Engine = start_engine(
-            config, on_phase=on_phase, on_weights=on_weights, recorder=recorder
-        )
+        self.engine: Engine = start_engine(config, on_phase=on_phase, on_weights=on_weights, recorder=recorder)
         self._core = self.engine.core
         self._intake = Intake(
             self.engine.tokenizer,
