@@ -157,6 +157,10 @@ class Connection(H11Protocol):
             msg = f"the headers are too large; allowed: {self.limits.header_bytes} bytes"
         self._refuse(HTTPError(status, msg))
 
+    def _should_upgrade(self) -> bool:
+        # HTTP lets a server answer as if nothing had been proposed; uvicorn would advise to install a library as well.
+        return False
+
     def _watch_reading(self, *, sent_something: bool) -> None:
         """Arm the timer for what the client still has to send, and disarm it once that is there."""
         state = self.conn.their_state

@@ -104,6 +104,17 @@ def test_what_is_no_http(fake: Running) -> None:
         assert response.error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_proposed_protocols_are_passed_over(
+    fake: Running, protocol: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    headers = {"Connection": "Upgrade, close", "Upgrade": protocol, "HTTP2-Settings": "AAMAAABkAAQCAAAAAAIAAAAA"}
+    assert get(fake, "/livez", headers).status == 200
+    assert post(fake, "/v1/completions", {"prompt": "a", "max_tokens": 1}, headers).status == 200
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+    assert capfd.readouterr().err == ""
+
+
 def test_compressed_bodies(fake: Running) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     for coding, status in (("gzip", 415), ("br", 415), ("identity, gzip", 415), ("identity", 200)):
@@ -336,3 +347,11 @@ def test_whole_answers_end_with_their_client(endless: Running) -> None:
     with _asking(endless, {"prompt": ["abc", "de"], "n": 2, "max_tokens": 200_000}):
         endless.eventually(lambda: endless.server.app.context.admission.num_active == 1)
     endless.check_canary()
+
+
+def test_who_closes_the_sending_half_has_left(endless: Running) -> None:
+    with _asking(endless, {"prompt": "abc", "max_tokens": 200_000}) as sock:
+        endless.eventually(lambda: endless.server.app.context.admission.num_active == 1)
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1000) == b""
+        endless.check_canary()
