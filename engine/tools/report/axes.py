@@ -47,7 +47,8 @@ class Axis:
 def _short(value: float, is_large: bool) -> str:
     """Return what stands at a tick: 1k, not 1.00 k."""
     head, _, prefix = (quantity(value) if is_large else number(float(value))).partition(" ")
-    return (head.rstrip("0").rstrip(".") if "." in head else head) + prefix
+    head, power, exponent = head.partition("e")
+    return (head.rstrip("0").rstrip(".") if "." in head else head) + power + exponent + prefix
 
 
 def make_axis(label: str, values: Sequence[float], *, is_log: bool = False, names: Sequence[str] | None = None) -> Axis:

@@ -22,7 +22,7 @@ Number = Callable[[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]], 
 """(texts, positions) -> where they are among all that were compared."""
 _SMALLEST = 1e-18
 """Nothing at all is drawn here, where an axis is logarithmic."""
-MAX_FINDINGS = 20
+MAX_FINDINGS = 8
 _GUIDE = (
     "Each text runs through the engine's own scheduler and runner under every condition, and every token is forced to "
     "be the text's own, so that all positions can be compared. The reference runs each text whole. |Δ| is the "
@@ -45,7 +45,8 @@ def verify_page(report: Report) -> str:
         verdict = tag("p", f"FAIL: {report.first.place} diverges first", "bad")
     page.add("", verdict, facts(_facts(report)), *_independence(report))
     if report.findings:
-        page.add("Divergences", _findings(report.findings))
+        more = len(report.findings) - MAX_FINDINGS
+        page.add("Divergences", _findings(report.findings), *([note(f"{more:,} more follow.")] if more > 0 else []))
     page.add("Under each condition", _conditions(report))
     numbers, starts = _numbers(report)
     page.add(
@@ -82,20 +83,19 @@ def _independence(report: Report) -> list[Html]:
 def _findings(findings: Sequence[Finding]) -> Html:
     rows = [
         (
-            Cell(each.place, "bad" if at == 0 else ""),
+            Cell(each.place, "bad" if at == 0 else "", each.message.rstrip("; ")),
             each.detector,
             each.condition,
             each.step,
             each.text,
-            "" if each.position is None else each.position,
-            "" if each.error_units is None else f"{each.error_units:.3g} u",
-            "" if each.eager_units is None else f"{each.eager_units:.3g} u",
-            "" if each.margin is None else f"{each.margin:.3g}",
-            each.message,
+            each.position,
+            each.error_units,
+            each.eager_units,
+            each.margin,
         )
         for at, each in enumerate(findings[:MAX_FINDINGS])
     ]
-    names = ("what", "detector", "condition", "step", "text", "position", "error", "eager", "margin", "detail")
+    names = ("what", "detector", "condition", "step", "text", "position", "error, u", "eager, u", "margin")
     return table(names, rows)
 
 
@@ -113,18 +113,21 @@ def _conditions(report: Report) -> Html:
     ]
     if report.eager is not None:
         small = "the reference's code in the engine's dtype, each text whole"
-        rows.append((Cell(f"eager {report.dtype}", "soft", small), "", "", "", "", *_figures(report.eager)))
+        rows.append((Cell(f"eager {report.dtype}", "soft", small), *[None] * 4, *_figures(report.eager)))
     names = ("condition", "steps", "tokens", "preempted", "from cache", "positions", "largest |Δ|", "mean |Δ|")
-    return table((*names, "mean KL", "top-1 agreement", "perplexity"), rows)
+    return table((*names, "mean KL", "top-1", "perplexity", "the reference's"), rows)
 
 
 def _figures(found: LogitDifferences) -> tuple[Value | Cell, ...]:
     if not len(found):
-        return (0, "", "", "", "", "")
-    numbers = (f"{number:.2e}" for number in (found.max_diff.max(), found.mean_diff.mean(), found.kl.mean()))
-    value = perplexity(found.nll)
-    theirs = Cell(f"{value:.4f}", small=f"{perplexity(found.nll_reference):.4f} the reference's")
-    return (len(found), *numbers, f"{found.same_top.mean():.2%}", theirs if np.isfinite(value) else "")
+        return (0, *[None] * 6)
+    numbers = (float(found.max_diff.max()), float(found.mean_diff.mean()), float(found.kl.mean()))
+    return (len(found), *numbers, f"{found.same_top.mean():.2%}", *_perplexities(found.nll, found.nll_reference))
+
+
+def _perplexities(*nlls: FloatArray) -> list[Cell | None]:
+    known = [perplexity(nll) for nll in nlls]
+    return [Cell(f"{value:.4f}", sort=value) if np.isfinite(value) else None for value in known]
 
 
 def _numbers(report: Report) -> tuple[Number, dict[str, int]]:
@@ -163,14 +166,15 @@ def _points(values: Iterable[tuple[int, float]]) -> Iterator[tuple[float, float]
 
 def _by_layer(report: Report) -> Html:
     """Return the worst error of each hidden state."""
-    known: dict[str, FloatArray] = {"allowed": report.state_limits}
+    known: dict[str, FloatArray] = {}
     if report.conditions:
         known[f"octavo, {report.dtype}"] = np.max([each.state_units for each in report.conditions], axis=0)
     if report.eager_state_units is not None:
         known[f"eager, {report.dtype}"] = report.eager_state_units
+    known["allowed"] = report.state_limits
     series = [
         Series(name, [(float(i), value) for i, value in enumerate(values.tolist()) if 0 < value < np.inf])
-        for name, values in reversed(known.items())
+        for name, values in known.items()
     ]
     return line_chart(
         series,
@@ -187,9 +191,9 @@ def _ops(report: Report) -> Html:
         (
             name,
             each.num_replays,
-            Cell(f"{each.worst_units:.3g}", share=min(1.0, each.worst_units / max(each.limit_units, 1e-9))),
-            f"{each.eager_units:.3g}",
-            f"{each.limit_units:.3g}",
+            Cell(each.worst_units, share=min(1.0, each.worst_units / max(each.limit_units, 1e-9))),
+            each.eager_units,
+            each.limit_units,
         )
         for name, each in report.ops.items()
     ]
@@ -197,17 +201,15 @@ def _ops(report: Report) -> Html:
 
 
 def _texts(report: Report) -> Html:
-    rows: list[Sequence[Value]] = []
+    rows: list[Sequence[Value | Cell]] = []
     for index, (name, num_tokens) in enumerate(report.texts):
         parts = [(each.logits, each.texts == index) for each in report.conditions]
         chosen = [(found, rows_) for found, rows_ in parts if rows_.any()]
         if not chosen:
-            rows.append((name, num_tokens, "", "", "", ""))
+            rows.append((name, num_tokens, *[None] * 4))
             continue
         largest = max(float(found.max_diff[at].max()) for found, at in chosen)
         kl = max(float(found.kl[at].max()) for found, at in chosen)
         found, at = chosen[0]
-        values = [perplexity(each[at]) for each in (found.nll, found.nll_reference)]
-        shown = [f"{value:.4f}" if np.isfinite(value) else "" for value in values]
-        rows.append((name, num_tokens, f"{largest:.2e}", f"{kl:.2e}", *shown))
+        rows.append((name, num_tokens, largest, kl, *_perplexities(found.nll[at], found.nll_reference[at])))
     return table(("text", "tokens", "largest |Δ|", "largest KL", "perplexity", "the reference's"), rows)

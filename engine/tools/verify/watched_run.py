@@ -84,7 +84,7 @@ class WatchedRun:
 
     @torch.inference_mode()
     def run(self) -> ConditionResult:
-        """Return what was found, the first of each step and detector."""
+        """Return what was found, the first of each detector."""
         num_steps = num_tokens = 0
         with self._ops:
             for step in self._run.steps(self._begin):
@@ -197,9 +197,7 @@ class WatchedRun:
         if fault is not None:
             at, message = fault
             text, position = int(texts[at]), int(positions[at])
-            self._findings.append(
-                self._finding("logits", int(steps[at]), None, "head", text, position, None, None, message)
-            )
+            self._note("logits", int(steps[at]), None, "head", text, position, None, None, message)
 
     def _note_mismatch(self, step: Step, found: Mismatch) -> None:
         layer = None if found.reader == "embedding" else 0
@@ -208,14 +206,12 @@ class WatchedRun:
         if layer is None:
             message = f"{found.what}: {found.message}"
         op = f"{found.reader}, {found.what}"
-        self._findings.append(self._finding("metadata", step.work.step, layer, op, text, position, None, None, message))
+        self._note("metadata", step.work.step, layer, op, text, position, None, None, message)
 
     def _note_op(self, step: Step, found: WrongOp) -> None:
         text, position = int(step.texts[found.row]), int(step.positions[found.row])
         units = (found.error_units, found.eager_units)
-        self._findings.append(
-            self._finding("op", step.work.step, found.layer, found.op, text, position, *units, found.message)
-        )
+        self._note("op", step.work.step, found.layer, found.op, text, position, *units, found.message)
 
     def _note_state(self, step: Step, row: int, state: int, error: float) -> None:
         eager = self._baseline.eager_units
@@ -225,9 +221,9 @@ class WatchedRun:
         op = "hidden state" if layer is not None else names[state]
         message = f"{names[state]} leaves another hidden state than the reference's"
         units = (error, None if eager is None else float(eager[state]))
-        self._findings.append(self._finding("layer", step.work.step, layer, op, text, position, *units, message))
+        self._note("layer", step.work.step, layer, op, text, position, *units, message)
 
-    def _finding(
+    def _note(
         self,
         detector: Any,
         step: int,
@@ -238,10 +234,15 @@ class WatchedRun:
         error: float | None,
         eager: float | None,
         message: str,
-    ) -> Finding:
+    ) -> None:
+        """Keep a finding, unless its detector has found something before: what follows is mostly its consequence."""
+        if any(each.detector == detector for each in self._findings):
+            return
         margin = self._baseline.margin(text, position)
         name, condition = self._texts[text].name, self._condition.name
-        return Finding(detector, condition, step, layer, op, name, position, error, eager, margin, message)
+        self._findings.append(
+            Finding(detector, condition, step, layer, op, name, position, error, eager, margin, message)
+        )
 
 
 def _add_record(total: OpRecord, part: OpRecord) -> None:

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-import torch
 from octavo.engine.layers.linear import Linear
 from octavo.engine.layers.norm import Norm
 from octavo.engine.models.decoder import Decoder
@@ -24,25 +23,28 @@ PLANS = ("plan", "worklist")
 
 
 @contextmanager
-def broken_op(op: str, change: Callable[[dict[str, Any]], object], *, layer: int | None = None) -> Iterator[None]:
+def broken_op(
+    op: str, change: Callable[[dict[str, Any]], object], *, layer: int | None = None, num_layers: int = 2
+) -> Iterator[None]:
     """Change the named arguments of an op; of its calls in one layer only, counted by its own writes to the cache.
 
     Args:
         op: its name.
         change: changes the arguments in place; plans, which hold copies of them, are taken away first.
         layer: which; None: all.
+        num_layers: of the model.
     """
     real, write = dispatch.active[op], dispatch.active["write_kv"]
-    seen: list[int] = []
+    num_writes = 0
 
-    def counted(q: Any, k: Any, v: Any, k_cache: torch.Tensor, v_cache: Any, slot_mapping: Any, **kwargs: Any) -> None:
-        seen.append(k_cache.data_ptr())
+    def counted(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, **kwargs: Any) -> None:
+        nonlocal num_writes
+        num_writes += 1
         call = broken if op == "write_kv" else write
         call(q, k, v, k_cache, v_cache, slot_mapping=slot_mapping, **kwargs)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        order = list(dict.fromkeys(seen))
-        if layer is None or order.index(seen[-1]) == layer:
+        if layer is None or (num_writes - 1) % num_layers == layer:
             for plan in PLANS:
                 kwargs.pop(plan, None)
             change(kwargs)

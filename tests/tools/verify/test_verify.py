@@ -261,3 +261,9 @@ def test_the_command_refuses_what_it_cannot_read(command: Callable[..., tuple[in
         status, out, err = command(*words)
         assert (status, out) == (2, ""), words
         assert "error: " in err
+
+
+def test_a_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'octavo\[verify\]'"):
+        check("alone")
