@@ -8,7 +8,7 @@ replaced, by one that says what the text says, and a tap stands before the decod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from ...runner.model_runner import ModelRunner
 from ...runner.sampler import SampledTokens, Sampler
 from ...sampling_params import SamplingParams
 from ...scheduler import Scheduler
-from ...step import Grammar, SchedulerOutput
+from ...step import SchedulerOutput
 from .conditions import Condition
 from .texts import Text
 
@@ -94,18 +94,7 @@ class _ForcedSampler(Sampler):
         """Row -> text."""
         self.logits: torch.Tensor | None = None
 
-    def add(
-        self,
-        row: int,
-        params: SamplingParams,
-        *,
-        prompt_token_ids: Sequence[int] | IntArray,
-        output_token_ids: Sequence[int] | IntArray = (),
-        seed: int,
-        choice: int = 0,
-        stop_token_ids: Collection[int] = (),
-        grammar: Grammar | None = None,
-    ) -> None:
+    def add(self, row: int, params: SamplingParams, *, seed: int, **_others: Any) -> None:
         self.text_of[row] = seed
 
     def sample(self, logits: torch.Tensor, rows: IntArray, positions: IntArray) -> SampledTokens:

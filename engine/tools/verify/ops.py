@@ -96,8 +96,8 @@ class OpDetector:
 
     def __enter__(self) -> OpDetector:
         watches: dict[str, _Op] = {
-            "rms_norm": self._rms_norm,
-            "layer_norm": self._layer_norm,
+            "rms_norm": partial(self._norm, "rms_norm"),
+            "layer_norm": partial(self._norm, "layer_norm"),
             "write_kv": self._write_kv,
             "gated_activation": partial(self._activation, "gated_activation"),
             "ungated_activation": partial(self._activation, "ungated_activation"),
@@ -177,75 +177,34 @@ class OpDetector:
         name = self._names.get(id(weight))
         return (None, None, op) if name is None else (name, *place_of(name))
 
-    def _rms_norm(
-        self,
-        now: _Listening,
-        real: _Op,
-        x: Tensor,
-        weight: Tensor,
-        *,
-        eps: float,
-        residual: Tensor | None = None,
-        weight_offset: float = 0.0,
-        out: Tensor | None = None,
+    def _norm(
+        self, op: str, now: _Listening, real: _Op, x: Tensor, weight: Tensor, *rest: Tensor | None, **given: Any
     ) -> Tensor:
-        def replay(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-            return norm.rms_norm(x, weight, eps=eps, weight_offset=weight_offset)
-
-        before = x.clone(), None if residual is None else residual.clone()
-        y: Tensor = real(x, weight, eps=eps, residual=residual, weight_offset=weight_offset, out=out)
-        self._check_norm(now, "rms_norm", replay, before, (weight, None, eps), residual, y)
-        return y
-
-    def _layer_norm(
-        self,
-        now: _Listening,
-        real: _Op,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        eps: float,
-        residual: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        def replay(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-            return norm.layer_norm(x, weight, bias, eps=eps)
-
-        before = x.clone(), None if residual is None else residual.clone()
-        y: Tensor = real(x, weight, bias, eps=eps, residual=residual, out=out)
-        self._check_norm(now, "layer_norm", replay, before, (weight, bias, eps), residual, y)
-        return y
-
-    def _check_norm(
-        self,
-        now: _Listening,
-        op: str,
-        replay: _Op,
-        before: tuple[Tensor, Tensor | None],
-        given: tuple[Tensor, Tensor | None, float],
-        residual: Tensor | None,
-        y: Tensor,
-    ) -> None:
-        (x, old_residual), (weight, bias, eps) = before, given
+        residual: Tensor | None = given.get("residual")
+        old_x, old_residual = x.clone(), None if residual is None else residual.clone()
+        y: Tensor = real(x, weight, *rest, **given)
         name, layer, part = self._norm_name(weight, op)
         label = op if part == op else f"{op}, {part}"
         if layer is not None:
             self._layer = layer
-        message = ""
+        message, eps = "", given["eps"]
         if name is not None and self._parameters is not None:
             weight, bias = self._parameters.weight(name).to(y), self._parameters.bias(name)
-            bias = None if bias is None else bias.to(y)
+            rest = () if op == "rms_norm" else (None if bias is None else bias.to(y),)
             message, eps = _differs("eps", eps, self._parameters.eps(name)), self._parameters.eps(name)
         chosen = self._chosen(now, len(x))
+        rows = old_x[chosen]
         if old_residual is not None and residual is not None:
-            exact = old_residual[chosen].double() + x[chosen].double()
+            exact = old_residual[chosen].double() + rows.double()
             self._judge(f"{label}, residual", residual[chosen], exact, None, rows=chosen, layer=layer)
-            x = residual
-        rows = x[chosen]
-        exact = replay(rows.double(), weight.double(), None if bias is None else bias.double(), eps)
-        plain = replay(rows, weight, bias, eps)
+            rows = residual[chosen]  # what is normalised is the sum as rounded
+        kwargs = {name: value for name, value in given.items() if name not in ("residual", "out")} | {"eps": eps}
+        exact, plain = (
+            getattr(norm, op)(*(each if each is None else each.to(dtype) for each in (rows, weight, *rest)), **kwargs)
+            for dtype in (torch.float64, y.dtype)
+        )
         self._judge(label, y[chosen], exact, plain, rows=chosen, layer=layer, message=message)
+        return y
 
     def _activation(
         self, op: str, now: _Listening, real: _Op, x: Tensor, kind: str, *, out: Tensor | None = None

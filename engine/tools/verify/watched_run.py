@@ -15,11 +15,11 @@ from .baseline import Baseline
 from .comparison import LogitDifferences
 from .conditions import Condition
 from .forced import ForcedRun, Step, state_names
-from .judge import OpRecord, WrongOp
-from .metadata import ExpectedStep, MetadataDetector, Mismatch
+from .judge import OpRecord
+from .metadata import ExpectedStep, MetadataDetector
 from .ops import OpDetector
 from .reference import Parameters
-from .report import ORDER, ConditionResult, Finding, logits_fault
+from .report import ORDER, ConditionResult, Detector, Finding, logits_fault
 from .texts import Text
 
 __all__ = ["WatchedRun"]
@@ -142,9 +142,14 @@ class WatchedRun:
         wrong_ops = self._ops.stop()
         mismatches = self._metadata.end(step, self._expected)
         if mismatches:
-            self._note_mismatch(step, mismatches[0])
+            found = mismatches[0]
+            layer = None if found.reader == "embedding" else 0
+            message = f"{found.what}, from layer 0 on: {found.message}"
+            self._note("metadata", step, found.row, layer, f"{found.reader}, {found.what}", message)
         if wrong_ops:
-            self._note_op(step, wrong_ops[0])
+            wrong = wrong_ops[0]
+            units = (wrong.error_units, wrong.eager_units)
+            self._note("op", step, wrong.row, wrong.layer, wrong.op, wrong.message, units)
         rows = np.flatnonzero(self._baseline.is_watched[step.texts])
         if len(rows):
             self._compare(step, rows)
@@ -161,7 +166,13 @@ class WatchedRun:
         if wrong.any():
             state = int(wrong.any(axis=1).argmax())
             at = int(wrong[state].argmax())
-            self._note_state(step, int(rows[at]), state, float(errors[state, at]))
+            eager = self._baseline.eager_units
+            units = (float(errors[state, at]), None if eager is None else float(eager[state]))
+            name = state_names(self._baseline.num_states - 2)[state]
+            layer = int(name.split()[1]) if name.startswith("layer") else None
+            message = f"{name} leaves another hidden state than the reference's"
+            op = name if layer is None else "hidden state"
+            self._note("layer", step, int(rows[at]), layer, op, message, units)
         differences = []
         for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 256)):
             logits = self._decoder.logits(step.states[-1][chosen[torch.from_numpy(part)]])
@@ -197,52 +208,39 @@ class WatchedRun:
         if fault is not None:
             at, message = fault
             text, position = int(texts[at]), int(positions[at])
-            self._note("logits", int(steps[at]), None, "head", text, position, None, None, message)
-
-    def _note_mismatch(self, step: Step, found: Mismatch) -> None:
-        layer = None if found.reader == "embedding" else 0
-        text, position = int(step.texts[found.row]), int(step.positions[found.row])
-        message = f"{found.what}, which {found.reader} reads in every layer: {found.message}"
-        if layer is None:
-            message = f"{found.what}: {found.message}"
-        op = f"{found.reader}, {found.what}"
-        self._note("metadata", step.work.step, layer, op, text, position, None, None, message)
-
-    def _note_op(self, step: Step, found: WrongOp) -> None:
-        text, position = int(step.texts[found.row]), int(step.positions[found.row])
-        units = (found.error_units, found.eager_units)
-        self._note("op", step.work.step, found.layer, found.op, text, position, *units, found.message)
-
-    def _note_state(self, step: Step, row: int, state: int, error: float) -> None:
-        eager = self._baseline.eager_units
-        text, position = int(step.texts[row]), int(step.positions[row])
-        names = state_names(self._baseline.num_states - 2)
-        layer = state - 1 if 0 < state < len(names) - 1 else None
-        op = "hidden state" if layer is not None else names[state]
-        message = f"{names[state]} leaves another hidden state than the reference's"
-        units = (error, None if eager is None else float(eager[state]))
-        self._note("layer", step.work.step, layer, op, text, position, *units, message)
+            self._keep("logits", int(steps[at]), None, "head", text, position, message)
 
     def _note(
         self,
-        detector: Any,
+        detector: Detector,
+        step: Step,
+        row: int,
+        layer: int | None,
+        op: str,
+        message: str,
+        units: tuple[float | None, float | None] = (None, None),
+    ) -> None:
+        """Keep a finding at a token row of a step; `units` are the error and eager's."""
+        self._keep(detector, step.work.step, layer, op, int(step.texts[row]), int(step.positions[row]), message, units)
+
+    def _keep(
+        self,
+        detector: Detector,
         step: int,
         layer: int | None,
         op: str,
         text: int,
         position: int,
-        error: float | None,
-        eager: float | None,
         message: str,
+        units: tuple[float | None, float | None] = (None, None),
     ) -> None:
         """Keep a finding, unless its detector has found something before: what follows is mostly its consequence."""
-        if any(each.detector == detector for each in self._findings):
-            return
-        margin = self._baseline.margin(text, position)
-        name, condition = self._texts[text].name, self._condition.name
-        self._findings.append(
-            Finding(detector, condition, step, layer, op, name, position, error, eager, margin, message)
-        )
+        if all(each.detector != detector for each in self._findings):
+            margin = self._baseline.margin(text, position)
+            name, condition = self._texts[text].name, self._condition.name
+            self._findings.append(
+                Finding(detector, condition, step, layer, op, name, position, *units, margin, message)
+            )
 
 
 def _add_record(total: OpRecord, part: OpRecord) -> None:
