@@ -117,7 +117,7 @@ class AsyncLLM:
         """
         llm = cls(crash_folder)
         kind = ThreadLink if in_process else ProcessLink
-        llm._link = kind(llm._on_message, llm._on_pause, llm._on_lost, on_phase, on_weights)
+        llm._link = kind(llm._on_message, lambda: llm._readers.deliver(), llm._on_lost, on_phase, on_weights)
         llm.info, llm._tokenizer = await llm._link.start(config or EngineConfig(), engine_factory)
         llm._intake = Intake(
             llm._tokenizer,
@@ -349,9 +349,6 @@ class AsyncLLM:
                     answer.set_result(message.snapshot)
             case _:
                 raise AssertionError(f"a running engine sends {type(message).__name__}")
-
-    def _on_pause(self) -> None:
-        self._readers.deliver()
 
     def _on_news(self, news: News) -> None:
         self._readers.take(news)

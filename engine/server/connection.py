@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import sys
-from typing import Any, ClassVar
+from typing import Any, AnyStr, ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
@@ -52,6 +52,9 @@ class _Parser(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._num_pieces = self._num_bytes = 0
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                # Where one of two servers in a row goes by the one and one by the other, a request hides in a body.
+                raise h11.RemoteProtocolError("a Content-Length beside a Transfer-Encoding", 400)
         elif isinstance(event, h11.Data):
             self._num_pieces += 1
             self._num_bytes += len(event.data)
@@ -73,6 +76,8 @@ class Connection(H11Protocol):
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             scope[CONNECTION] = self
+            for name, slash in (("path", "/"), ("raw_path", b"/")):
+                scope[name] = _without_origin(scope[name], slash)
             await routes(scope, receive, send)
 
         self.app = app
@@ -199,6 +204,15 @@ class Connection(H11Protocol):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+def _without_origin(path: AnyStr, slash: AnyStr) -> AnyStr:
+    """Return the path of a target that may be a whole URL, as one sends it to proxies: every server must take it."""
+    if path.startswith(slash):
+        return path
+    scheme, _, rest = path.partition(slash + slash)
+    is_url = scheme.lower() in ("http:", b"http:", "https:", b"https:")
+    return slash + rest.partition(slash)[2] if is_url else path
 
 
 def connection_class(limits: Limits) -> type[Connection]:

@@ -76,6 +76,12 @@ def test_every_route_needs_the_key(locked: Running) -> None:
         assert get(locked, path).status == 200, path
 
 
+def test_no_spelling_of_a_path_goes_past_the_key(locked: Running) -> None:
+    for path in ("/v1/models", "//v1/models", "/./v1/models", "/livez/../v1/models", "/%761/models", "/livez%2f..%2f"):
+        for target in (path, f"http://localhost{path}", f"http://localhost/livez/..{path}"):
+            assert get(locked, target).status == 401, target
+
+
 def test_either_key_opens(locked: Running) -> None:
     for key in KEYS:
         assert get(locked, "/v1/models", _with(key)).status == 200

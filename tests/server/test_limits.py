@@ -98,10 +98,25 @@ def test_large_headers(fake: Running) -> None:
 
 def test_what_is_no_http(fake: Running) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    for data in (b"\x16\x03\x01 hello\r\n\r\n", head + b"Transfer-Encoding: gzip\r\n\r\n"):
+    both = b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    for data in (b"\x16\x03\x01 hello\r\n\r\n", head + b"Transfer-Encoding: gzip\r\n\r\n", head + both):
         response = send(fake, data)
         assert response.status == 400
         assert response.error["type"] == "invalid_request_error"
+
+
+def test_whole_urls_are_targets(fake: Running) -> None:
+    for target in ("http://localhost/livez", "HTTP://localhost:80/livez?a=b"):
+        assert get(fake, target).body == b"ok\n"
+    for target, status in (
+        ("http://localhost", 200),
+        ("http://localhost/none", 404),
+        ("*", 404),
+        ("ftp://localhost/livez", 404),
+        ("//livez", 404),
+        ("/http://localhost/livez", 404),
+    ):
+        assert get(fake, target).status == status, target
 
 
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
