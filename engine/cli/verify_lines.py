@@ -78,7 +78,7 @@ def _near_lines(report: Report) -> Iterator[str]:
         bounds = f"eager {each.eager_units:>8.3g}   allowed {each.limit_units:>8.3g}"
         yield f"  {name:<26} {each.worst_units:>9.3g}   {bounds}"
     if report.same_replay:
-        yield "NOT INDEPENDENT, the replays of ops alone: on the torch backend they run the same code"
+        yield "NOT INDEPENDENT, the replays of norms and write_kv alone: on the torch backend they run the same code"
     for name, why in report.shared.items():
         yield f"NOT INDEPENDENT, {name}: {why}"
 

@@ -245,11 +245,11 @@ class OpDetector:
                 kwargs[name] = value
         replay = getattr(attention, op)
         host = [_on_host(each) for each in (q, k_cache, v_cache)]
-        exact = replay(host[0].double(), *map(_widened, host[1:]), **kwargs)
-        plain = replay(*host, **kwargs)
+        # Asked for the denominator, the reference gathers and masks plainly, not by the torch backend's quick walk.
+        kwargs["return_lse"] = True
+        exact = replay(host[0].double(), *map(_widened, host[1:]), **kwargs)[0]
+        plain = replay(*host, **kwargs)[0]
         found = result[0] if given.get("return_lse") else result
-        if given.get("return_lse"):
-            exact, plain = exact[0], plain[0]
         num_rows = int(kwargs["cu_seqlens_q"][-1])
         rows = range(first, first + num_rows)
         results = (_on_host(found)[:num_rows], exact[:num_rows], plain[:num_rows])

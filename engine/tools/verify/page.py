@@ -76,7 +76,9 @@ def _facts(report: Report) -> dict[str, str]:
 def _independence(report: Report) -> list[Html]:
     lines = [f"NOT INDEPENDENT, {name}: {why}." for name, why in report.shared.items()]
     if report.same_replay:
-        lines.append("NOT INDEPENDENT, the replays of ops alone: on the torch backend they run the same code.")
+        lines.append(
+            "NOT INDEPENDENT, the replays of norms and write_kv alone: on the torch backend they run the same code."
+        )
     return [note(line) for line in lines]
 
 

@@ -114,7 +114,7 @@ class Report:
     shared: Mapping[str, str]
     """Op -> why nothing is said of it: both sides have it in common."""
     same_replay: bool
-    """Whether ops are replayed by the very code that they run."""
+    """Whether norms and cache writes are replayed by the very code that they run."""
     eager: LogitDifferences | None
     """Of all positions of all texts, in their order; None: the reference runs in the engine's dtype itself."""
     eager_state_units: FloatArray | None

@@ -16,6 +16,8 @@ from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.tools.verify import Report
 from octavo.engine.tools.verify.ops import OpDetector
 from octavo.kernels import dispatch
+from octavo.kernels.attention import gather
+from octavo.kernels.kv_cache import reference as kv_cache_reference
 from octavo.kernels.spec import generator, load_specs
 
 from . import faults
@@ -78,6 +80,32 @@ def test_a_fault_of_one_step_is_found_where_no_op_was_replayed(check: Check) -> 
     detectors = [each.detector for each in condition.findings]
     assert detectors[:2] == ["op", "layer"]
     assert condition.findings[1].step == condition.findings[0].step > condition.num_replayed_steps
+
+
+def test_a_mask_that_is_off_by_one_in_the_torch_backend_itself_is_named(
+    monkeypatch: pytest.MonkeyPatch, check: Check
+) -> None:
+    real = gather._visible
+
+    def wrong(first: int, stop: int, *keys: Any) -> torch.Tensor:
+        return real(max(first - 1, 0), max(stop - 1, 1), *keys) if first > 0 else real(first, stop, *keys)
+
+    monkeypatch.setattr(gather, "_visible", wrong)
+    report = check("chunked")
+    assert report.first is not None
+    assert (report.first.detector, report.first.layer) == ("op", 0)
+    assert report.first.op in faults.ATTENTION
+
+
+def test_a_fault_in_code_that_is_replayed_by_itself_is_named_by_its_layer(
+    monkeypatch: pytest.MonkeyPatch, check: Check
+) -> None:
+    rotate = kv_cache_reference.rotate
+    monkeypatch.setattr(kv_cache_reference, "rotate", lambda x, cos, sin, style: rotate(x, cos, -sin, style))
+    report = check("batched")
+    assert_named(report, "layer", 0, "hidden state")
+    assert report.first is not None
+    assert "write_kv runs the same code on the torch backend" in report.first.message
 
 
 @pytest.mark.parametrize(
