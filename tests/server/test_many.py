@@ -56,7 +56,7 @@ def test_tokens_wake_no_task(ping_s: float, monkeypatch: pytest.MonkeyPatch) -> 
         cases = [(f"client {number}", 2000, None) for number in range(3)]
         texts = running.run(_all(running, cases))
         assert texts == [fake_text(prompt, num_tokens, 1) for prompt, num_tokens, _ in cases]
-        assert num_pushed[0] > 5 * num_written[0]
+        assert num_pushed[0] > num_written[0]
         running.check_canary()
 
 
