@@ -26,6 +26,8 @@ CONNECTION = "octavo.connection"
 OTHER_FILES = 32
 """That the process has open besides its connections."""
 CRUMB_BYTES = 32
+ANSWER_S = 1.0
+"""For the application to say that a body came too slowly."""
 MAX_CRUMBS = 1024
 """Pieces of a body that may be smaller than `CRUMB_BYTES` on average."""
 
@@ -174,13 +176,14 @@ class Connection(H11Protocol):
         elif self._reading is None or self._awaited is not state:
             self._stop_reading_timer()
             self._awaited = state
-            # The application answers a slow body before this does, unless it does not read bodies at all.
-            delay = self.limits.header_s if state is h11.IDLE else self.limits.body_s + 1
+            delay = self.limits.header_s if state is h11.IDLE else self.limits.body_s
             self._reading = self.loop.call_later(delay, self._too_slow)
 
     def _too_slow(self) -> None:
         if self.conn.our_state is not h11.IDLE:
-            self.transport.abort()
+            # The application answers a slow body itself, unless it does not read bodies at all. Its time begins now: the
+            # loop may have been late, and its own timer be due at the same moment as this one.
+            self._reading = self.loop.call_later(ANSWER_S, self.transport.abort)
         elif self.conn.trailing_data[0]:
             self._refuse(HTTPError(408, f"the headers were not complete after {self.limits.header_s:g} s"))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gzip
 import json
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 from octavo.engine.errors import ConfigError
+from octavo.engine.server.connection import ANSWER_S
 from octavo.engine.server.settings import Limits, ServerSettings
 from octavo.engine.server.sse import EventStream
 
@@ -194,6 +196,16 @@ def test_slow_body(impatient: Running) -> None:
         sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n")
         assert read_response(sock).status == 200
         _closed(sock)
+
+
+def test_slow_body_where_the_server_is_late(impatient: Running) -> None:
+    """The answer's time begins when the body's is seen to be over, however long the event loop was held."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connect(impatient) as sock:
+        sock.sendall(head + b"Content-Length: 90\r\n\r\n{")
+        hold = functools.partial(impatient.loop.call_later, SHORT / 2, time.sleep, SHORT + ANSWER_S)
+        impatient.loop.call_soon_threadsafe(hold)
+        assert read_response(sock).status == 408
 
 
 def _asking(running: Running, body: dict[str, Any], *, receive_bytes: int | None = None) -> socket.socket:
