@@ -181,8 +181,8 @@ class Connection(H11Protocol):
 
     def _too_slow(self) -> None:
         if self.conn.our_state is not h11.IDLE:
-            # The application answers a slow body itself, unless it does not read bodies at all. Its time begins now: the
-            # loop may have been late, and its own timer be due at the same moment as this one.
+            # The application answers a slow body itself, unless it does not read bodies at all. Its time begins now:
+            # the loop may have been late, and its own timer be due at the same moment as this one.
             self._reading = self.loop.call_later(ANSWER_S, self.transport.abort)
         elif self.conn.trailing_data[0]:
             self._refuse(HTTPError(408, f"the headers were not complete after {self.limits.header_s:g} s"))
