@@ -87,14 +87,15 @@ def make_conditions(texts: Sequence[Text], block_size: int) -> list[Condition]:
         ),
         Condition(
             "preempted",
-            "too few blocks, and the youngest text preempted every third step; what was lost is computed again",
+            "too few blocks, and the youngest text preempted every fourth step; what it loses is computed again",
             *(number, max(2 * chunk, number), small, blocks(small, 0.5), FEW_FORCED),
-            faults=FaultConfig(preempt_every=3),
+            faults=FaultConfig(preempt_every=4, miss_prefix_cache=True),
         ),
         Condition(
             "prefix hits",
-            "all texts twice, the second time from the blocks of the first",
+            "all texts twice, the second time from the blocks of the first; some preempted, and resumed from their own",
             *(number, max(2 * chunk, number), small, blocks(small, 2.0), FEW_FORCED),
             rounds=2,
+            faults=FaultConfig(preempt_every=5),
         ),
     ]

@@ -54,12 +54,14 @@ def test_the_conditions_are_what_they_say(check: Check, texts: list[Text]) -> No
     assert by_name["decoding"].num_steps > 20
     assert by_name["chunked"].num_steps > total / 46
     assert by_name["preempted"].num_preemptions > 2
-    assert by_name["preempted"].num_tokens + by_name["preempted"].num_cached_tokens > total
+    assert by_name["preempted"].num_tokens > 1.2 * total
+    assert by_name["preempted"].num_cached_tokens == 0
+    assert by_name["prefix hits"].num_preemptions > 0
     assert by_name["prefix hits"].num_cached_tokens > total / 2
     for each in report.conditions:
         expected = {(i, at) for i, text in enumerate(texts) for at in range(len(text.token_ids))}
         found = set(zip(each.texts.tolist(), each.positions.tolist(), strict=True))
-        assert found == expected or each.name in ("batched", "decoding", "preempted", "prefix hits")
+        assert found == expected or each.name in ("batched", "decoding", "prefix hits")
         assert found <= expected
         assert each.num_replayed_steps >= 1
     assert set(report.ops) == {
