@@ -212,14 +212,10 @@ class OpDetector:
         chosen = self._chosen(now, len(x))
         rows = x[chosen].clone()
         y: Tensor = real(x, kind, out=out)
-        plain = getattr(activation, op)(rows, kind)
-        wide = rows.double()
+        replay: Callable[[Tensor], Tensor] = partial(getattr(activation, op), kind=kind)
         if self._parameters is not None and self._layer is not None:
-            function = self._parameters.activation(self._layer)
-            gate, *up = wide.chunk(2, dim=-1) if op == "gated_activation" else (wide,)
-            exact = function(gate) * up[0] if up else function(gate)
-        else:
-            exact = getattr(activation, op)(wide, kind)
+            replay = partial(_activated, self._parameters.activation(self._layer), op == "gated_activation")
+        exact, plain = replay(rows.double()), replay(rows.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
         self._judge(op, y[chosen], exact, plain, rows=chosen, layer=self._layer)
         return y
 
@@ -347,6 +343,11 @@ class OpDetector:
                 block, _, offset = changed.nonzero()[0].tolist()
                 elsewhere = f"slot {block * host.shape[2] + offset} (block {block}) was written, and no token has it; "
                 self._judge.found.append(WrongOp(layer, words, 0, torch.inf, torch.inf, 0.0, elsewhere + message))
+
+
+def _activated(function: Callable[[Tensor], Tensor], is_gated: bool, x: Tensor) -> Tensor:
+    gate, *up = x.chunk(2, dim=-1) if is_gated else (x,)
+    return function(gate) * up[0] if up else function(gate)
 
 
 def _on_host(value: Any) -> Any:

@@ -125,6 +125,11 @@ def test_an_op_that_ignores_epsilon_is_named(check: Check) -> None:
         assert_named(check("alone"), "op", 0, "rms_norm, norm before attention")
 
 
+def test_another_activation_is_named(monkeypatch: pytest.MonkeyPatch, llm: LLM, check: Check) -> None:
+    monkeypatch.setattr(decoder_of(llm)._layers[LAYER].mlp, "_kind", "gelu")
+    assert_named(check("alone"), "op", LAYER, "gated_activation")
+
+
 @pytest.mark.parametrize(
     ("name", "row", "column", "num_inputs", "op"),
     [
