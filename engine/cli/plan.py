@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..resolve import flags
 from .endings import FAILED, OK
 from .flags import Options, own_options
+from .outputs import STDOUT, write_output
 from .plan_options import PlanOptions, numbers
 from .terminal import error_line, show, stderr
 
@@ -68,7 +69,7 @@ def plan(
         for line in _ways_out(error, config):
             stderr().print(line)
         return FAILED
-    if own.json != Path("-"):
+    if own.json != STDOUT:
         show("\n".join(plan_lines(found)))
     _write(own.json, plan_json(found))
     return OK
@@ -90,10 +91,8 @@ def _gpu(name: str, config: EngineConfig, model: ModelConfig, *, quiet: bool) ->
 
 
 def _write(file: Path | None, record: dict[str, Any]) -> None:
-    if file == Path("-"):
-        show(json.dumps(record, indent=2))
-    elif file is not None:
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if file is not None:
+        write_output(file, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _no_room_json(error: NoRoomError, config: EngineConfig, gpu: Gpu) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, describe
+from .outputs import check_output
 
 __all__ = ["PlanOptions", "numbers"]
 
@@ -39,8 +40,7 @@ class PlanOptions:
             raise ConfigError(
                 f"--kv-cache-dtype is {describe(self.kv_cache_dtype)}; allowed: {', '.join(KV_CACHE_DTYPES)}"
             )
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ConfigError(f"--json {self.json}: there is no folder {self.json.parent}")
+        check_output("--json", self.json)
 
 
 def numbers(flag: str, words: Sequence[str] | None) -> list[int] | None:

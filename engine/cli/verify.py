@@ -17,6 +17,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 from .endings import FAILED, OK
 from .flags import Options, own_options
+from .outputs import STDOUT, write_output
 from .parts_bar import PartsBar
 from .requests import BadRequest, BatchRequest, Requests, read_lines
 from .startup_lines import start_llm
@@ -33,7 +34,6 @@ __all__ = ["verify"]
 POOL_TOKENS = 8192
 """Of the engine's own KV pool, which nothing is run in: it sets the longest text, and leaves room for the reference."""
 _FOCUS = ("--condition", "--text", "--position")
-STDOUT = Path("-")
 
 
 def verify(
@@ -48,6 +48,8 @@ def verify(
     far it is off and a command that repeats just that are printed.
     """
     own = own_options(VerifyOptions, options.own)
+    if options.sampling:
+        raise ConfigError("[sampling] is given; every token is the text's own, and nothing is sampled")
     requests = None if own.prompts is None else list(_requests(own.prompts))
     llm = start_llm(_config(options.config_of(model_name)), quiet=options.quiet)
     from ..tools.verify import Focus, built_in_texts, report_record, verify_page
@@ -69,9 +71,9 @@ def verify(
             on_progress=bar.on_progress,
         )
     if own.json is not None:
-        _write(own.json, json.dumps(report_record(report), allow_nan=False) + "\n")
+        write_output(own.json, json.dumps(report_record(report), allow_nan=False) + "\n")
     if own.html is not None:
-        own.html.write_text(verify_page(report), encoding="utf-8")
+        write_output(own.html, verify_page(report))
     if own.json != STDOUT:
         _show(report)
     return OK if report.passed else FAILED
@@ -127,11 +129,3 @@ def _command() -> list[str]:
         else:
             kept.append(word)
     return kept
-
-
-def _write(file: Path, text: str) -> None:
-    if file == STDOUT:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        file.write_text(text, encoding="utf-8")

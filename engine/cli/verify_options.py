@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, describe
+from .outputs import check_output
 
 __all__ = ["VerifyOptions"]
 
@@ -45,5 +46,4 @@ class VerifyOptions:
         if self.against not in AGAINST:
             raise ConfigError(f"--against is {describe(self.against)}; allowed: {', '.join(AGAINST)}")
         for name, file in (("html", self.html), ("json", self.json)):
-            if file is not None and not file.parent.is_dir():
-                raise ConfigError(f"--{name} {file}: there is no folder {file.parent}")
+            check_output(f"--{name}", file)

@@ -254,7 +254,9 @@ def test_the_command_names_what_diverges_and_repeats_it(
 def test_the_command_refuses_what_it_cannot_read(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "fine"}\n{"prompt": 5}\n')
+    (tmp_path / "octavo.toml").write_text("[sampling]\ntemperature = 0.5\n")
     for words in (
+        ("--config", str(tmp_path / "octavo.toml")),
         ("--prompts", str(bad)),
         ("--prompts", "x.csv"),
         ("--against", "vllm"),
