@@ -15,6 +15,7 @@ import typer
 from ..errors import ConfigError
 from .endings import FAILED, INTERRUPTED, OK, Interrupt
 from .flags import Options, own_options
+from .outputs import STDOUT, write_output
 from .profile_options import KernelOptions, StepOptions, integers, split_words
 from .progress import GenerationBar
 from .startup_lines import start_llm
@@ -78,6 +79,8 @@ def profile_kernels(
             profile.compile(
                 variants, cache=options.cache or default_cache(), num_workers=options.workers, advance=advance
             )
+    elif not profile.document["calls"]:
+        raise ConfigError(f"--only is {options.only}; no op of these calls has such a name, and nothing is compiled")
     with Interrupt() as interrupt:
         if profile.document["about"]["backend"]:
             _time(profile, options.rounds, interrupt, quiet=quiet)
@@ -114,9 +117,13 @@ def _targets(text: str | None) -> list[str]:
     from ..tools.profile.kernels import CARDS
 
     if text is not None:
-        return text.split(",")
-    here = "sm_{}{}".format(*torch.cuda.get_device_capability()) if _has_gpu() else DEFAULT_TARGET
-    return [here if here in CARDS else DEFAULT_TARGET]
+        return list(dict.fromkeys(text.split(",")))
+    if not _has_gpu():
+        return [DEFAULT_TARGET]
+    major, minor = torch.cuda.get_device_capability()
+    # What is compiled for sm_80 runs on sm_86, too.
+    older = [known for known in CARDS if int(known.removeprefix("sm_")) <= 10 * major + minor]
+    return [older[-1] if older else DEFAULT_TARGET]
 
 
 def _time(profile: KernelProfile, num_rounds: int, interrupt: Interrupt, *, quiet: bool) -> None:
@@ -151,15 +158,13 @@ def _finish(
 
     runs = read_runs(history, document)
     found = trends(runs)
-    if str(options.json) == "-":
-        show(json.dumps(document))
-    else:
-        _print(document)
-        if options.json is not None:
-            options.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    if options.json is not None:
+        write_output(options.json, json.dumps(document) + "\n")
     if options.html is not None:
         make = kernel_page if document["format"] == KERNELS else step_page
-        options.html.write_text(make(document, found, runs), encoding="utf-8")
+        write_output(options.html, make(document, found, runs))
+    if options.json != STDOUT:
+        _print(document)
     worse = finding_lines(found, runs)
     for line in worse:
         error_line(line, label="")
@@ -220,6 +225,7 @@ def profile_step(
     from ..tools.profile.steps import Load, StepProfile
 
     profile, doing = StepProfile(llm, Load(sizes, own.input_len, own.output_len)), _Doing()
+    read_runs(history, profile.document())  # before minutes go into what shall be compared with them
     rounds: list[tuple[str, Callable[[], Iterator[None]]]] = [("warming up", lambda: profile.run_round(counts=False))]
     rounds += [(f"round {i + 1} of {own.rounds}", profile.run_round) for i in range(own.rounds)]
     if own.trace is not None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, describe
+from .outputs import check_output
 
 __all__ = ["KernelOptions", "StepOptions", "integers", "split_words"]
 
 
 def _check_outputs(html: Path | None, json: Path | None, rounds: int) -> None:
-    for flag, path in (("--html", html), ("--json", json)):
-        if path is not None and str(path) != "-" and not Path(path).parent.is_dir():
-            raise ConfigError(f"{flag} {path}: there is no folder {Path(path).parent}")
+    check_output("--html", html)
+    check_output("--json", json)
     if not 1 <= rounds < 1000:
         raise ConfigError(f"--rounds is {describe(rounds)}; allowed: an integer from 1 to 999")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from octavo.engine.tools.profile import steps
 from octavo.kernels import use_backend
 
 from .conftest import Run
@@ -85,6 +87,9 @@ def test_a_model_may_be_a_config_alone_even_beside_a_history(octavo: Run, model_
         (("kernels", "smollm2-135m", "--geometry", "gpt2"), "both given"),
         (("kernels", "a", "b"), "two models are named"),
         (("kernels", "--block-size", "64,x"), "--block-size is '64,x'; allowed: integers above 0"),
+        (("kernels", "--no-compile", "--block-size", "64,48"), "--block-size is 48; allowed: 16, 32, 64, 128"),
+        (("kernels", "--no-compile", "--only", "zzz"), "--only is zzz; no op of these calls has such a name"),
+        (("kernels", "--no-compile", "--html", "."), "--html .: is a folder"),
         (("kernels", "--kv-cache", "int4"), "--kv-cache is 'int4'; allowed: auto, int8, e4m3"),
         (("kernels", "--no-compile", "--html", "no/where.html"), "there is no folder no"),
         (("kernels", "--no-compile", "--history", "missing.json"), "--history missing.json: No such file"),
@@ -109,3 +114,26 @@ def test_a_history_of_something_else_is_refused_before_anything_runs(
     (tmp_path / "old.json").write_text(json.dumps(old))
     ran = octavo(*STEP, model_folder, *SMALL, "--history", tmp_path / "old.json", "-q")
     assert (ran.status, "is no JSON of octavo profile step 1" in ran.err) == (2, True)
+
+
+def test_a_history_of_another_load_is_refused_before_anything_runs(
+    octavo: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert octavo(*STEP, model_folder, *SMALL, "--json", tmp_path / "old.json", "-q").status == 0
+    monkeypatch.delattr(steps.StepProfile, "run_round")
+    ran = octavo(*STEP, model_folder, *SMALL, "--output-len", "4", "--history", tmp_path / "old.json", "-q")
+    assert (ran.status, ran.out) == (2, "")
+    assert "its load is {'batch_sizes': [1, 3], 'input_len': 9, 'output_len': 3}, of this run" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 6), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
+)
+def test_a_gpu_that_is_no_target_has_the_nearest_older_one(
+    capability: tuple[int, int], target: str, octavo: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    ran = octavo(*KERNELS, "--no-time", "--json", "-")
+    assert json.loads(ran.out)["about"]["targets"] == [target]

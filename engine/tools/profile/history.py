@@ -104,7 +104,8 @@ def read_runs(files: Sequence[Path], document: Mapping[str, Any]) -> list[Run]:
             raise ConfigError(f"--history {file}: {error.strerror}") from None
         except (ValueError, RecursionError):
             raise ConfigError(f"--history {file}: is no JSON") from None
-        if not isinstance(found, dict) or found.get("format") != document["format"] or "metrics" not in found:
+        is_one = isinstance(found, dict) and found.get("format") == document["format"]
+        if not is_one or not all(isinstance(found.get(name), dict) for name in ("about", "metrics")):
             raise ConfigError(f"--history {file}: is no JSON of {document['format']}")
         for name, value in document["about"].items():
             if found["about"].get(name) != value:

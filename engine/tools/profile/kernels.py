@@ -17,6 +17,7 @@ from octavo.kernels.aot.calls import Settings
 from octavo.kernels.aot.keys import Variant, list_variants, report_settings
 from octavo.kernels.aot.report import compiler_version, make_rows
 from octavo.kernels.aot.targets import GPUS, Model
+from octavo.kernels.dispatch import TRITON_BLOCK_SIZES
 
 from ...errors import ConfigError, describe
 from ..bench.checking import KernelCase
@@ -68,15 +69,15 @@ class KernelProfile:
         for target in targets:
             if target not in GPUS:
                 raise ConfigError(f"--target is {describe(target)}; allowed: {', '.join(GPUS)}, several with commas")
+        for size in block_sizes:
+            if size not in TRITON_BLOCK_SIZES:
+                raise ConfigError(f"--block-size is {size}; allowed: {', '.join(map(str, TRITON_BLOCK_SIZES))}")
         is_small = clock is not None and clock.device.type == "cpu"
         self._model = dataclasses.replace(model, dtype="float32") if is_small else model
         self._shapes = SMALL if is_small else FULL
         self._name, self._compiled, self._only, self._clock = name, model, only, clock
         self._targets, self._block_sizes = targets, block_sizes
-        try:
-            self._settings = Settings(block_size=block_sizes[0], cache=cache)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self._settings = Settings(block_size=block_sizes[0], cache=cache)  # type: ignore[arg-type]
         self.document: Document = {
             "format": KERNELS,
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -114,6 +114,8 @@ def test_a_single_round_is_not_enough_to_tell(tmp_path: Path) -> None:
         (None, "No such file"),
         ("{", "is no JSON"),
         ("[1]", "is no JSON of octavo profile step 1"),
+        ('{"format": "octavo profile step 1", "metrics": {}}', "is no JSON of octavo profile step 1"),
+        ('{"format": "octavo profile step 1", "metrics": {}, "about": 5}', "is no JSON of octavo profile step 1"),
         ('{"format": "octavo profile kernels 1", "metrics": {}}', "is no JSON of octavo profile step 1"),
         (
             '{"format": "octavo profile step 1", "metrics": {}, "about": {"model": "x"}}',

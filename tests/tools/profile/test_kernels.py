@@ -164,7 +164,7 @@ def test_ceilings_are_bytes_and_products_over_seconds() -> None:
     [
         ({"targets": ["sm_70"]}, "--target is 'sm_70'; allowed: sm_80, "),
         ({"cache": "int4"}, "cache_dtype is 'int4'"),
-        ({"block_sizes": [0]}, "block_size is 0"),
+        ({"block_sizes": [0]}, "--block-size is 0; allowed: 16"),
     ],
 )
 def test_what_no_engine_has_is_refused(changes: dict[str, Any], says: str) -> None:
