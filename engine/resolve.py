@@ -6,6 +6,7 @@ the start-up lines and for `octavo plan`. The bytes it reckons with are those of
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -114,7 +115,7 @@ def flags(settings: Mapping[str, Any]) -> str:
     words = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
-        words.append(f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
+        words.append(f"--{flag} {shlex.quote(str(value))}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
     return " ".join(words)
 
 

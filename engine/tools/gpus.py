@@ -107,7 +107,7 @@ def hardware_of(gpu: Gpu) -> Hardware:
     """Return what an engine would find on a card, or a CPU."""
     if gpu.architecture == "cpu":
         return Hardware("cpu", gpu.title, gpu.memory_bytes)
-    return Hardware("cuda", gpu.title, gpu.memory_bytes - CUDA_CONTEXT_BYTES)
+    return Hardware("cuda", gpu.title, max(gpu.memory_bytes - CUDA_CONTEXT_BYTES, 0))
 
 
 def _changed(gpu: Gpu, values: Mapping[str, float], source: str) -> Gpu:
@@ -133,7 +133,8 @@ def _settings(words: list[str]) -> dict[str, float]:
         units = _UNITS[name]
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\S*)", text.strip())
         scale = {key.lower(): value for key, value in units.items()}.get(match[2].lower()) if match else None
-        if match is None or scale is None or not float(match[1]) > 0:
-            raise ConfigError(f"gpu: {name} is {describe(text)}; allowed: a number above 0 of {', '.join(units)}")
+        if match is None or scale is None or not 0 < float(match[1]) < 1e9:
+            allowed = f"a number above 0 and below 1e9 of {', '.join(units)}"
+            raise ConfigError(f"gpu: {name} is {describe(text)}; allowed: {allowed}")
         found[name] = float(match[1]) * scale
     return found

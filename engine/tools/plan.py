@@ -202,7 +202,7 @@ def _fitting_gpus(config: EngineConfig, model: ModelConfig) -> list[str]:
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory_bytes):
         try:
             resolve(config, model, hardware_of(gpu))
-        except CapacityError:
+        except (CapacityError, ConfigError):  # a CPU takes block sizes that a GPU does not
             continue
         found.append(gpu.name)
     return found

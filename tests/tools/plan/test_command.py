@@ -82,6 +82,7 @@ def test_json_holds_what_the_tables_do(plan: Run, tmp_path: Path) -> None:
         ["--max-model-len", "131072", "--max-num-seqs", "4", "--no-prefix-caching"],
         ["--kv-cache-tokens", "1000000", "--block-size", "16"],
         ["--max-num-batched-tokens", "1000000"],
+        ["--dtype", "float32", "--tokenizer", "/a folder"],
     ],
 )
 def test_what_does_not_fit_ends_with_commands_that_work(plan: Run, settings: list[str], tmp_path: Path) -> None:
@@ -102,6 +103,18 @@ def test_what_does_not_fit_ends_with_commands_that_work(plan: Run, settings: lis
     assert "as it is, it fits on: " in ran.err
     for gpu in record["gpus"][:1]:
         assert plan(str(folder), "--gpu", gpu, *settings).status == 0
+
+
+def test_what_fits_on_no_cpu_is_not_refused_for_what_a_gpu_is_like(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "READ_ROWS", 64)
+    monkeypatch.setattr(machine, "GEMM_ROWS", (8, 64))
+    ran = plan(LLAMA, "--gpu", "cpu", "--block-size", "24", "--kv-cache-tokens", "100000000", "--quiet")
+    assert ran.status == 1
+    assert "as it is" not in ran.err
+
+
+def test_a_card_that_a_context_fills_has_nothing_left(plan: Run) -> None:
+    assert "has 0.00 GiB left" in plan(LLAMA, "--gpu", "memory=100MiB,bandwidth=1TB/s,flops=1TFLOP/s").err
 
 
 def test_what_fits_nowhere_says_so(plan: Run, tmp_path: Path) -> None:
