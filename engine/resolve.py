@@ -74,7 +74,8 @@ class ResolvedConfig:
     """Of all weights, and of a tied head's copy where there is one."""
     kv_bytes_per_token: int
     activation_bytes: int
-    """Most that one step's tensors and the table of rotations take; see `footprint.py`."""
+    """Most that one step's tensors and the table of rotations take as the kernels run it; see `footprint.py`. The torch
+    backend gathers keys and values besides."""
     choices: tuple[Choice, ...]
 
     @property
@@ -115,7 +116,10 @@ def flags(settings: Mapping[str, Any]) -> str:
     words = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
-        words.append(f"--{flag} {shlex.quote(str(value))}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag} {shlex.quote(str(value))}")
     return " ".join(words)
 
 

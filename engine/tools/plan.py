@@ -217,7 +217,8 @@ def _parts(model: ModelConfig, resolved: ResolvedConfig, gpu: Gpu) -> Iterator[P
         yield Part("weights: head, packed", copied, "a copy, for speed")
     step = step_memory(model, resolved.dtype, num_tokens=num_tokens, num_seqs=num_seqs)
     place = max(("attention", step.attention), ("MLP", step.mlp), ("head", step.head), key=lambda each: each[1])[0]
-    yield Part("a step's tensors", step.peak, f"{num_tokens:,} tokens; most in the {place}")
+    more = "; more on the torch backend, which gathers keys" if resolved.backend == "torch" else ""
+    yield Part("a step's tensors", step.peak, f"{num_tokens:,} tokens; most in the {place}{more}")
     table = table_bytes(model, resolved.max_model_len)
     if splits := resolved.activation_bytes - step.peak - table:
         yield Part("splits of decode", splits, "at most")

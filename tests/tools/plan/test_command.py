@@ -182,3 +182,5 @@ def test_this_cpu_is_measured(plan: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert gpu.bandwidth_bytes_per_s > 1e7
     assert gpu.flops["float32"] > 1e7
     assert {"head, packed" in part["name"] for part in record["memory"]} == {True, False}
+    (step,) = (part["note"] for part in record["memory"] if part["name"] == "a step's tensors")
+    assert "more on the torch backend" in step
