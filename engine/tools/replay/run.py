@@ -115,7 +115,7 @@ class _Engine:
         self.log = StepLog([], None, [])
         self._now_s, error = step.event.start_s, ""
         self._feed(step.before)
-        for _ in range(step.event.num_cache_resets):
+        if step.event.num_cache_resets:
             self._scheduler.reset_prefix_cache()
         try:
             work = self._scheduler.schedule()

@@ -30,7 +30,7 @@ POOL_FIELDS = ("num_waiting", "num_free_blocks", "num_cached_blocks")
 SHRUNK_TO = "shrunk_to"
 """The fact that says in what the last step of a recording that was made small differed: of others nothing is known."""
 MAX_SLOTS = 1 << 31
-"""Rows times longest sequence: what a table of token ids may be in address space, in tokens."""
+"""Rows times longest sequence, or blocks times their size: what may be taken in address space, in tokens."""
 
 Facts = dict[str, Any]
 Node = tuple[int, int]
@@ -174,7 +174,8 @@ class Script:
             # Events stand before the step in which they show; ends of a step behind it, before anything of the next.
             while pending is not None and _shows_in(pending) <= step.event.step:
                 event = owners.known(pending)
-                assert event is not None, f"{pending} is of a sequence that never arrived"
+                if event is None:
+                    raise _damaged(pending.step, f"{describe(pending.request_id)} never arrived")
                 place = steps[max(0, _shows_in(pending) - start)]
                 if event.kind == EventKind.ARRIVED:
                     arrivals[event.serial] = event
@@ -182,6 +183,8 @@ class Script:
                 _list_for(place, event).append(event)
                 pending = next(upcoming, None)
             step.facts.update(facts_of(step.event, step.scheduled, [], owners))
+            if any(serial < 0 for serial, _ in step.facts["rows"]):
+                raise _damaged(step.event.step, "a row runs that nobody was admitted to")
             for i in range(0, len(step.event.kin), 4):
                 script._add_kin(step.event.kin[i], step.event.kin[i + 1 : i + 4])
         for step in steps:
@@ -277,6 +280,10 @@ def read_bundle(path: Path) -> Recording:
     return from_json(document)
 
 
+def _damaged(step: int, why: str) -> ConfigError:
+    return ConfigError(f"the recording is damaged: in step {step:,} {why}")
+
+
 def _shows_in(event: RequestEvent) -> int:
     """Return the step to which an event belongs: in which it is fed or comes about."""
     if event.kind == EventKind.ARRIVED:
@@ -303,9 +310,10 @@ def _limits(facts: Mapping[str, Any]) -> SchedulerLimits:
 
     sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size")
     numbers = {name: fact(name, int) for name in sizes}
-    if numbers["max_num_seqs"] * numbers["max_model_len"] > MAX_SLOTS or numbers["num_blocks"] > 1 << 24:
+    slots = numbers["max_num_seqs"] * numbers["max_model_len"], numbers["num_blocks"] * numbers["block_size"]
+    if max(slots) > MAX_SLOTS or numbers["num_blocks"] > 1 << 24:
         raise ConfigError(
-            f"the recording's engine has {numbers}; allowed: {MAX_SLOTS} tokens in rows, {1 << 24} blocks"
+            f"the recording's engine has {numbers}; allowed: {MAX_SLOTS} tokens in rows or blocks, {1 << 24} blocks"
         )
     if (policy := fact("policy", str)) not in ("fcfs", "priority"):
         raise ConfigError(f"the recording's policy is {describe(policy)}; allowed: fcfs, priority")

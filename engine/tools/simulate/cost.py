@@ -122,7 +122,7 @@ def measured_steps(recording: Recording) -> list[MeasuredStep]:
         works.append(StepWork.of(pairs, len(step.sampled)) if known else None)
         computed |= {row: end for row, (_, end) in zip(rows, pairs, strict=True) if row in computed}
     after: list[float | None] = []
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
+    for step, following in zip(steps, [*steps[1:], None], strict=False):
         new = {row for row, _ in admitted.get(following.step, ())} if following else set()
         goes_on = following is not None and set(following.rows.tolist()) & set(step.rows.tolist()) - new
         after.append(following.start_s - step.end_s if following is not None and goes_on else None)

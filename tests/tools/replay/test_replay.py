@@ -245,6 +245,8 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
         (document | {"facts": {}}, "max_model_len is None"),
         (document | {"facts": facts | {"policy": "lifo"}}, "policy is 'lifo'"),
         (document | {"facts": facts | {"num_blocks": 1 << 30}}, "blocks"),
+        (document | {"facts": facts | {"block_size": (1 << 31) - 1}}, "tokens in rows or blocks"),
+        (document | {"facts": facts | {"num_blocks": 0}}, "num_blocks is 0"),
         (document | {"facts": facts | {"prefix_caching": 1}}, "prefix_caching is 1"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -253,6 +255,28 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "x.json", tmp_path / "gone.json"):
         with pytest.raises(ConfigError, match=path.name):
             read_bundle(path)
+
+
+def test_a_damaged_recording_is_refused_with_the_step() -> None:
+    document = json.loads(simulated(Scenario.from_seed(0))[1])
+    fields, events = document["event_fields"], document["events"]
+    kind, request_id, step = (fields.index(name) for name in ("kind", "request_id", "step"))
+    place = next(i for i, row in enumerate(events) if row[kind] == "admitted")
+    number = events[place][step]
+    somebody = [*events[place]]
+    somebody[request_id] = "somebody"
+    for damaged, words in (
+        ([*events[:place], somebody, *events[place + 1 :]], f"in step {number} 'somebody' never arrived"),
+        ([*events[:place], *events[place + 1 :]], f"in step {number} a row runs that nobody was admitted to"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            script_of(json.dumps(document | {"events": damaged}).encode())
+
+
+def test_many_resets_of_the_cache_take_no_longer_than_one() -> None:
+    document = json.loads(simulated(Scenario.from_seed(0))[1])
+    document["steps"][0][document["step_fields"].index("num_cache_resets")] = (1 << 31) - 1
+    assert replay(script_of(json.dumps(document).encode())).difference is None
 
 
 def test_names_of_lost_blocks_are_dropped() -> None:

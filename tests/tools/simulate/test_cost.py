@@ -86,6 +86,13 @@ def test_a_fit_is_the_least_squares_one_without_negative_parts() -> None:
         fit_cost([one] * 3)
 
 
+def test_a_recording_without_steps_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "idle.json"
+    file.write_bytes(recording.dumps(EventRing(), {"num_blocks": 64, "block_size": 16}))
+    with pytest.raises(ConfigError, match="here are 0"):
+        read_cost(file)
+
+
 def test_a_fit_to_a_profile_finds_the_costs_that_made_it(tmp_path: Path) -> None:
     rng, file = np.random.default_rng(0), tmp_path / "profile.json"
     works = [StepWork(*rng.integers(1, 1000, 5).tolist()) for _ in range(50)]
