@@ -83,7 +83,7 @@ def _gpu(name: str, config: EngineConfig, model: ModelConfig, *, quiet: bool) ->
         raise ConfigError(f"device is {config.device!r} and --gpu is {name!r}; allowed: {device}, or auto")
     if device == "cuda":
         return find_gpu(name)
-    from ..tools.machine import measure_cpu
+    from ..tools.cpu import measure_cpu
 
     if not quiet:
         stderr().print("measure this CPU: memory bandwidth and matrix products, about a second", style="dim")

@@ -96,7 +96,7 @@ def _gpu(name: str | None, config: EngineConfig) -> Gpu | None:
     from ..tools.gpus import find_gpu
 
     if name == "cpu":
-        from ..tools.machine import measure_cpu
+        from ..tools.cpu import measure_cpu
 
         return measure_cpu("float32" if config.dtype == "auto" else config.dtype)
     return None if name is None else find_gpu(name)

@@ -25,8 +25,8 @@ from ..bench.kernels import Clock, Timed, prepare
 from ..gpus import find_gpu
 from ..report import Ceiling
 from .cases import FULL, SMALL, op_cases
+from .ceilings import describe_machine, measure_ceilings
 from .history import KERNELS
-from .machine import describe_machine, measure_ceilings
 
 __all__ = ["CARDS", "Document", "KernelProfile"]
 

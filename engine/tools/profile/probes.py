@@ -14,6 +14,7 @@ from octavo.kernels import dispatch
 
 from ...layers.linear import Linear
 from ...llm import LLM
+from ...models.decoder import Decoder
 from ...runner import model_runner
 from ...step import SchedulerOutput
 from .spans import Spans
@@ -51,6 +52,7 @@ _OPS: Final = {
     "gated_activation": "activation",
     "ungated_activation": "activation",
 }
+_PROJECTIONS: Final = {"gate_up": "up", "lm_head": "head"}
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def attached(llm: LLM, spans: Spans) -> Iterator[list[SchedulerOutput]]:
         stack.enter_context(_replaced(scheduler, "schedule", spans.wrap("schedule", noted)))
         for owner, name, part in methods:
             stack.enter_context(_replaced(owner, name, spans.wrap(part, getattr(owner, name))))
-        names = _linears(runner)
+        names = _linears(runner.model)
         project = spans.wrap(lambda linear, x: names.get(id(linear), "between"), Linear.__call__)
         stack.enter_context(_replaced(Linear, "__call__", project))
         for op in dispatch.OPS:
@@ -99,13 +101,10 @@ def attached(llm: LLM, spans: Spans) -> Iterator[list[SchedulerOutput]]:
         yield works
 
 
-def _linears(runner: model_runner.ModelRunner) -> dict[int, str]:
+def _linears(decoder: Decoder) -> dict[int, str]:
     """Return what each projection is, by its identity."""
-    found = {id(runner.model._head): "head"}
-    for layer in runner.model._layers:
-        attention, mlp = layer.attention, layer.mlp
-        found |= {id(attention.qkv): "qkv", id(attention.o): "o", id(mlp.up): "up", id(mlp.down): "down"}
-    return found
+    modules = ((name.rpartition(".")[2], module) for name, module in decoder.modules())
+    return {id(module): _PROJECTIONS.get(part, part) for part, module in modules if isinstance(module, Linear)}
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from ...sampling_params import SamplingParams
 from ...step import SchedulerOutput
 from ..bench.machine import Yardstick
 from ..roofline import StepWork
+from .ceilings import describe_machine
 from .history import STEP
-from .machine import describe_machine
 from .probes import attached
 from .spans import PartTime, Spans
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from octavo.engine import cli
-from octavo.engine.tools import machine
+from octavo.engine.tools import cpu
 from octavo.engine.tools.gpus import Gpu
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -106,8 +106,8 @@ def test_what_does_not_fit_ends_with_commands_that_work(plan: Run, settings: lis
 
 
 def test_what_fits_on_no_cpu_is_not_refused_for_what_a_gpu_is_like(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "READ_ROWS", 64)
-    monkeypatch.setattr(machine, "GEMM_ROWS", (8, 64))
+    monkeypatch.setattr(cpu, "READ_ROWS", 64)
+    monkeypatch.setattr(cpu, "GEMM_ROWS", (8, 64))
     ran = plan(LLAMA, "--gpu", "cpu", "--block-size", "24", "--kv-cache-tokens", "100000000", "--quiet")
     assert ran.status == 1
     assert "as it is" not in ran.err
@@ -172,8 +172,8 @@ def test_a_server_s_file_serves_for_a_plan(plan: Run, tmp_path: Path) -> None:
 
 
 def test_this_cpu_is_measured(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "READ_ROWS", 64)
-    monkeypatch.setattr(machine, "GEMM_ROWS", (8, 64))
+    monkeypatch.setattr(cpu, "READ_ROWS", 64)
+    monkeypatch.setattr(cpu, "GEMM_ROWS", (8, 64))
     ran = plan("smollm2-135m", "--quiet", "--max-num-seqs", "4", "--json", "-")
     assert (ran.status, ran.err) == (0, "")
     record: dict[str, Any] = json.loads(ran.out)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from octavo.engine.errors import ConfigError, OctavoError
 from octavo.engine.tools.profile import kernels
+from octavo.engine.tools.profile.ceilings import measure_ceilings
 from octavo.engine.tools.profile.geometry import model_sizes
 from octavo.engine.tools.profile.kernel_page import call_table, kernel_page
 from octavo.engine.tools.profile.kernels import KernelProfile
-from octavo.engine.tools.profile.machine import measure_ceilings
 from octavo.engine.tools.report import text_lines
 from octavo.kernels import dispatch, use_backend
 from octavo.kernels.aot.keys import report_settings
