@@ -5,7 +5,7 @@ shown.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -126,7 +126,6 @@ class Report:
     weights: tuple[Finding, ...]
     num_weights: int | None
     """Parameters compared bit by bit; None: they come from the same loader."""
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def findings(self) -> list[Finding]:
@@ -228,7 +227,6 @@ def report_record(report: Report) -> dict[str, Any]:
         "texts": [{"name": name, "num_tokens": number} for name, number in report.texts],
         "not_independent": dict(report.shared),
         "same_replay": report.same_replay,
-        "notes": list(report.notes),
         "num_weights": report.num_weights,
         "findings": [asdict(each) | {"repeat": report.repeat(each)} for each in report.findings],
         "ops": {name: asdict(each) for name, each in report.ops.items()},
