@@ -95,13 +95,19 @@ def gamma_arrivals(num: int, rate: float, burstiness: float, seed: int) -> npt.N
         burstiness: shape of the gamma distribution of the times between arrivals: 1 is a Poisson process, less comes in
             bursts, more is more even, inf is a metronome.
         seed: same seed, same times.
+
+    Raises:
+        ConfigError: times so long, or gaps so uneven, that no numbers hold them.
     """
     if math.isinf(rate):
         return np.zeros(num)
     gaps = np.ones(num) if math.isinf(burstiness) else np.random.default_rng(seed).gamma(burstiness, size=num)
     times: npt.NDArray[np.float64] = np.cumsum(gaps)
     # Left as it is the total would be some percents off, and throughput at a rate would depend on the seed.
-    times *= num / rate / times[-1]
+    with np.errstate(all="ignore"):
+        times *= num / rate / times[-1]
+    if not np.isfinite(times).all():
+        raise ConfigError(f"a rate of {rate:g} with a burstiness of {burstiness:g}: no times can be drawn; take more")
     return times
 
 

@@ -50,6 +50,18 @@ _ALIASES = {
 }
 """What others call them; a timestamp is in milliseconds."""
 MAX_TOKENS = 1 << 24
+MAX_SECONDS = 1e12
+_LIMITS: Mapping[str, tuple[float, float]] = {
+    "rate": (1e-9, math.inf),
+    "burstiness": (1e-3, math.inf),
+    "every": (0, 1e9),
+    "size": (1, MAX_TOKENS),
+    "n": (1, MAX_TOKENS),
+    "prefix": (0, MAX_TOKENS),
+    "prefixes": (1, MAX_TOKENS),
+    "seed": (0, 2**31 - 1),
+}
+"""Least and most; where the most is an integer, the value is."""
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -98,16 +110,19 @@ def _drawn(text: str, kind: str, words: str, most: int | None) -> Workload:
     if missing := [name for name in _KINDS[kind] if not values[name]]:
         raise ConfigError(f"the workload {text}: {missing[0]}= is missing")
 
-    def number(name: str, least: float) -> float:
+    def number(name: str) -> float:
+        least, most = _LIMITS[name]
         try:
             value = float(values[name])
         except ValueError:
             value = math.nan
-        if not value >= least or (name not in ("rate", "every", "burstiness") and value != int(min(value, 1e15))):
-            raise ConfigError(f"the workload {text}: {name} is {describe(values[name])}; allowed: from {least:g} on")
+        if not least <= value <= most or (isinstance(most, int) and value != int(value)):
+            kind = "an integer" if isinstance(most, int) else "a number"
+            allowed = f"{kind} from {least:g} " + (f"to {most:,}" if most < math.inf else "on, or inf")
+            raise ConfigError(f"the workload {text}: {name} is {describe(values[name])}; allowed: {allowed}")
         return value
 
-    num, seed = int(number("n", 1)), int(number("seed", 0))
+    num, seed = int(number("n")), int(number("seed"))
     num = num if most is None else min(num, most)
     rng = np.random.default_rng((seed, 1))
     try:
@@ -116,11 +131,11 @@ def _drawn(text: str, kind: str, words: str, most: int | None) -> Workload:
         raise ConfigError(f"the workload {text}: {error}") from None
     arrival_s: FloatArray
     if kind == "poisson":
-        arrival_s = gamma_arrivals(num, number("rate", 1e-9), number("burstiness", 1e-3), seed)
+        arrival_s = gamma_arrivals(num, number("rate"), number("burstiness"), seed)
     else:
-        arrival_s = np.arange(num) // int(number("size", 1)) * np.float64(number("every", 0))
-    prefix = int(number("prefix", 0))
-    prefixes = rng.integers(0, int(number("prefixes", 1)), num)
+        arrival_s = np.arange(num) // int(number("size")) * np.float64(number("every"))
+    prefix = int(number("prefix"))
+    prefixes = rng.integers(0, int(number("prefixes")), num)
     return Workload(text, arrival_s, inputs + prefix, outputs, DrawnPrompts(prefix, prefixes))
 
 
@@ -135,11 +150,13 @@ def _lengths(text: str, num: int, rng: np.random.Generator) -> IntArray:
             drawn = rng.exponential(mean, num)
         else:
             low, _, high = kind.partition("-")
-            limit = []
+            limit = [int(high or low), *map(float, words)]
             drawn = rng.integers(int(low), int(high or low), num, endpoint=True).astype(float)
-            if words or int(low) < 1:
+            if int(low) < 1:
                 raise ValueError
         (most,) = limit or [MAX_TOKENS]
+        if not 1 <= most <= MAX_TOKENS or np.isnan(drawn).any():
+            raise ValueError
         return np.clip(np.rint(drawn), 1, most).astype(np.int64)
     except ValueError:
         raise ValueError(
@@ -226,8 +243,8 @@ def _record(record: Any, encode: Encode | None) -> tuple[float, Any, int, Any]:
             raise ValueError(f"{'a second ' if name in found else 'unknown '}key {describe(key)}; allowed: {known}")
         found[name] = value
     time = found.get("arrival_s", math.nan)
-    if isinstance(time, bool) or not isinstance(time, int | float) or time < 0:
-        raise ValueError(f"arrival_s is {describe(time)}; allowed: a number of at least 0")
+    if "arrival_s" in found and (type(time) not in (int, float) or not 0 <= time <= MAX_SECONDS):
+        raise ValueError(f"arrival_s is {describe(time)}; allowed: a number from 0 to {MAX_SECONDS:g}")
     if ("prompt" in found) == ("prompt_tokens" in found):
         raise ValueError("allowed: either prompt or prompt_tokens")
     size: Any = found.get("prompt_tokens", 1)
@@ -242,9 +259,10 @@ def _record(record: Any, encode: Encode | None) -> tuple[float, Any, int, Any]:
             raise ValueError("the prompt is empty")
     names = found.get("hash_ids")
     if names is not None:
-        good = isinstance(names, list) and all(type(each) is int for each in names) and "prompt_tokens" in found
-        if not good or len(names) * HashedPrompts.BLOCK_TOKENS < size:
-            raise ValueError(f"hash_ids is {describe(names)}; allowed: an integer for every 512 tokens of the prompt")
+        good = isinstance(names, list) and all(type(each) is int and each >= 0 for each in names)
+        if not good or "prompt_tokens" not in found or len(names) * HashedPrompts.BLOCK_TOKENS < size:
+            allowed = "an integer of at least 0 for every 512 tokens of the prompt"
+            raise ValueError(f"hash_ids is {describe(names)}; allowed: {allowed}")
     seconds = float(time) / (1000 if "timestamp" in record else 1)
     return seconds, prompt, _size("output_tokens", found.get("output_tokens")), names
 

@@ -126,7 +126,7 @@ def _draw(seed: int, num_tokens: int) -> Int32Array:
         if len(_POOLS) > 4096:
             _POOLS.clear()
         size = max(num_tokens, 512)
-        found = _POOLS[seed] = np.random.default_rng(abs(seed)).integers(0, 2**31 - 1, size, dtype=np.int32)
+        found = _POOLS[seed] = np.random.default_rng(seed).integers(0, 2**31 - 1, size, dtype=np.int32)
     return found[:num_tokens]
 
 

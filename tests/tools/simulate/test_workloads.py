@@ -146,11 +146,22 @@ def test_a_recording_gives_back_the_times_and_sizes_that_made_it(tmp_path: Path)
         ("poisson:rate=1,m=3", "'m'; allowed: rate=, burstiness=, n="),
         ("poisson:rate=1,n", "'n'; allowed"),
         ("poisson:rate=1,like=books", "allowed: sharegpt"),
-        ("burst:size=0,every=1", "size is '0'; allowed: from 1 on"),
+        ("burst:size=0,every=1", "size is '0'; allowed: an integer from 1 to 16,777,216"),
+        ("burst:size=1,every=inf", "every is 'inf'; allowed: a number from 0 to 1,000,000,000"),
+        ("poisson:rate=nan", "rate is 'nan'; allowed: a number from 1e-09 on, or inf"),
+        ("poisson:rate=1,n=1e12", "n is '1e12'; allowed: an integer from 1 to"),
+        ("poisson:rate=1,prefix=1e13", "prefix is '1e13'"),
+        ("poisson:rate=1,seed=-1", "seed is '-1'"),
         ("poisson:rate=1,input=0", "a length is '0'"),
         ("poisson:rate=1,input=9-3", "a length is '9-3'"),
         ("poisson:rate=1,input=lognormal:9", "a length is 'lognormal:9'"),
         ("poisson:rate=1,output=lognormal:-9:1", "a length is"),
+        ("poisson:rate=1,output=lognormal:nan:1", "a length is"),
+        ("poisson:rate=1,output=lognormal:9:1:-5", "a length is"),
+        ("poisson:rate=1,output=lognormal:9:1:nan", "a length is"),
+        ("poisson:rate=1,output=exponential:9:8:7", "a length is"),
+        ("poisson:rate=1,output=99999999", "a length is"),
+        ("poisson:rate=1,output=1-9:9", "a length is"),
         ("nowhere.jsonl", "No such file or directory; allowed: a file, poisson:..., burst:..."),
     ],
 )
@@ -158,6 +169,13 @@ def test_words_that_mean_nothing_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match="the workload") as caught:
         read_workload(text)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("rate", "burstiness"), [(1e-310, 1.0), (1.0, 1e-300)])
+def test_times_that_no_numbers_hold_are_refused(rate: float, burstiness: float) -> None:
+    workload = read_workload("poisson:rate=1,n=9")
+    with pytest.raises(ConfigError, match=f"a rate of {rate:g} with a burstiness of {burstiness:g}"):
+        workload.at_rate(rate, burstiness)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +191,14 @@ def test_words_that_mean_nothing_are_refused(text: str, message: str) -> None:
         ({"prompt_tokens": 5, "output_tokens": 5, "color": 1}, "unknown key 'color'"),
         ({"prompt_tokens": 5, "output_tokens": 5, "max_tokens": 5}, "a second key 'max_tokens'"),
         ({"prompt_tokens": 5, "output_tokens": 5, "arrival_s": -1}, "arrival_s is -1"),
+        ({"prompt_tokens": 5, "output_tokens": 5, "arrival_s": 10**400}, "arrival_s is an integer of"),
+        ('{"prompt_tokens": 5, "output_tokens": 5, "arrival_s": 1e999}', "arrival_s is inf; allowed: a number from 0"),
         ({"prompt_tokens": 5, "output_tokens": 5, "arrival_s": 1}, "some requests have arrival_s and some have not"),
         ({"prompt": "", "output_tokens": 5}, "the prompt is empty"),
         ({"prompt": [1.5], "output_tokens": 5}, "the prompt is a list of 1"),
         ({"prompt": "ab", "output_tokens": 5}, "some requests have a prompt, some only its size"),
         ({"input_length": 513, "output_length": 5, "hash_ids": [1]}, "hash_ids is a list of 1"),
+        ({"input_length": 512, "output_length": 5, "hash_ids": [-1]}, "hash_ids is a list of 1"),
     ],
 )
 def test_lines_that_mean_nothing_are_refused(write: Any, line: Any, message: str) -> None:
