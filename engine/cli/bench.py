@@ -45,7 +45,7 @@ MAX_SHOWN = 3
 
 
 def bench_serve(
-    more_objectives: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more_objectives: Annotated[list[str] | None, typer.Argument(metavar="OBJECTIVE", hidden=True)] = None,
     *,
     options: BenchOptions,
     quiet: bool,

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from .bench_options import objectives_from
 from .endings import FAILED, OK
 from .flags import Options, own_options
+from .outputs import STDOUT, write_output
 from .progress import GenerationBar
 from .simulate_options import SimulateOptions
 from .terminal import error_line, show, stderr
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["simulate"]
 
-STDOUT = Path("-")
-
 
 def simulate(
     workload: Annotated[str, typer.Argument(metavar="WORKLOAD", show_default=False)],
-    more_objectives: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more_objectives: Annotated[list[str] | None, typer.Argument(metavar="OBJECTIVE", hidden=True)] = None,
     *,
     options: Options,
 ) -> int:
@@ -71,10 +70,8 @@ def _scenario(
 
     gpu = _gpu(own.gpu or next(iter(sweeps.get("gpu", ())), None), config)
     cost: LinearCost | None = None if own.cost is None else read_cost(own.cost)
-    if cost is not None:
-        stderr().print(f"a step takes {cost}; off by {cost.error:.0%} of a step on average", style="dim")
-        if own.save_cost is not None:
-            write_cost(own.save_cost, cost)
+    if cost is not None and own.save_cost is not None:
+        write_cost(own.save_cost, cost)
     scenario = Scenario(
         _workload(words, config, own),
         read_model(config.model),
@@ -178,10 +175,9 @@ def _show(
                 stderr().print(f"{name}: {value}", style="dim")
         show("\n".join(sweep_lines(runs) if sweeps else simulation_lines(runs[0].result)))
     if own.json is not None:
-        text = json.dumps(document) + "\n"
-        show(text, end="") if own.json == STDOUT else own.json.write_text(text, encoding="utf-8")
+        write_output(own.json, json.dumps(document) + "\n")
     if own.html is not None:
-        own.html.write_text(simulation_page(about, runs, scenario.workload.notes).html(), encoding="utf-8")
+        write_output(own.html, simulation_page(about, runs, scenario.workload.notes).html())
     for run in runs:
         if run.result["failed"]:
             where = f"{point_name(run.point)}: " if sweeps else ""
@@ -205,7 +201,7 @@ def _about(
     if scenario.gpu is not None and "gpu" not in sweeps:
         about["machine"] = scenario.gpu.title
     if scenario.cost is not None:
-        about["steps take"] = f"{scenario.cost}, fitted to {scenario.cost.num_steps:,} measured steps"
+        about["steps take"] = str(scenario.cost)
     else:
         assert scenario.gpu is not None, "one of the two is there"
         about["steps take"] = f"{scenario.efficiency:.0%} of bandwidth and rate ({scenario.gpu.source})"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, describe
+from .outputs import check_output
 
 __all__ = ["SimulateOptions"]
 
@@ -65,9 +66,7 @@ class SimulateOptions:
             self._check(name, "an integer from 1 to 2**31 - 1", lambda value: value is None or 1 <= value < 2**31)
         self._check("request_rate", "a number above 0, or inf", lambda value: value is None or value > 0)
         for name in ("save_cost", "output", "html", "json"):
-            file = getattr(self, name)
-            if file is not None and not file.parent.is_dir():
-                raise ConfigError(f"--{name.replace('_', '-')} {file}: there is no folder {file.parent}")
+            check_output(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.cost is not None and (self.efficiency != 1 or self.overhead_us):
             raise ConfigError("--efficiency and --overhead-us are of a data sheet; --cost has been measured")
         if self.save_cost is not None and self.cost is None:

@@ -22,11 +22,13 @@ from ...events import EventKind
 from ...observe.recording import Recording, loads
 from ...strict_json import parse_json
 from ..profile.history import STEP
+from ..report import quantity
 from ..roofline import StepWork
 
 __all__ = ["PARTS", "LinearCost", "MeasuredStep", "fit_cost", "measured_steps", "read_cost", "write_cost"]
 
 PARTS = ("step", *StepWork._fields)
+WORDS = ("step", "token", "sampled token", "sequence", "token of KV read", "pair of tokens that attend")
 VERSION = 1
 MIN_STEPS = 20
 
@@ -60,8 +62,11 @@ class LinearCost:
         return {"octavo_cost": VERSION, "seconds": seconds, "num_steps": self.num_steps, "error": self.error}
 
     def __str__(self) -> str:
-        parts = zip(PARTS, self.seconds, strict=True)
-        return " + ".join(f"{1e6 * each:.3g} µs per {name}" for name, each in parts if each) or "0 s"
+        parts = zip(WORDS, self.seconds, strict=True)
+        text = " + ".join(f"{quantity(each, 's')} per {word}" for word, each in parts if each)
+        if not self.num_steps:
+            return text
+        return f"{text}; fitted to {self.num_steps:,} measured steps, off by {self.error:.0%} of a step on average"
 
 
 def fit_cost(steps: Sequence[MeasuredStep]) -> LinearCost:
