@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ _COLUMNS = (
     ("mean KL", 9),
     ("top-1", 8),
     ("perplexity", 11),
+    ("the ref's", 10),
 )
 _DETECTORS = {
     "weights": "weights, read back bit by bit",
@@ -38,8 +38,6 @@ MAX_MORE = 5
 
 def report_lines(report: Report) -> Iterator[str]:
     """Yield what was run and how near it came, line by line."""
-    from ..tools.verify.report import perplexity
-
     num_tokens = sum(number for _, number in report.texts)
     mode = ", invariant" if report.invariant else ""
     yield f"{report.model}: {report.dtype} on {report.device}, {report.backend} backend{mode}"
@@ -52,9 +50,7 @@ def report_lines(report: Report) -> Iterator[str]:
     if report.eager is not None:
         blanks = [""] * 4
         yield _row([f"eager {report.dtype}"[:13], *blanks, f"{len(report.eager):,}", *_figures(report.eager)])
-    known = [each.logits for each in report.conditions if len(each.logits)]
-    if known:
-        yield f"The reference's own perplexity: {perplexity(known[0].nll_reference):.4f}"
+    yield "perplexities are of the positions compared: what was run twice counts twice, what was cached not at all"
     yield ""
     yield from _near_lines(report)
 
@@ -130,10 +126,14 @@ def _figures(found: LogitDifferences) -> list[str]:
     from ..tools.verify.report import perplexity
 
     if not len(found):
-        return [""] * 5
+        return [""] * 6
     numbers = [f"{number:.2g}" for number in (found.max_diff.max(), found.mean_diff.mean(), found.kl.mean())]
-    value = perplexity(found.nll)
-    return [*numbers, f"{found.same_top.mean():.2%}", "" if math.isnan(value) else f"{value:.4f}"]
+    values = [perplexity(nll) for nll in (found.nll, found.nll_reference)]
+    return [
+        *numbers,
+        f"{found.same_top.mean():.2%}",
+        *("" if math.isnan(value) else f"{value:.4f}" for value in values),
+    ]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -83,10 +83,12 @@ def make_texts(named: Sequence[Text], max_tokens: int, *, cut: bool) -> list[Tex
         cut: shorten what is too long, instead of refusing it.
 
     Raises:
-        ConfigError: a text is too long or empty.
+        ConfigError: a text is too long or empty, or two have one name.
     """
-    texts = []
+    texts: dict[str, Text] = {}
     for name, token_ids in named:
+        if name in texts:
+            raise ConfigError(f"two texts are named {name!a}; a divergence would not say which")
         if not token_ids:
             raise ConfigError(f"text {name!a} has no token")
         if len(token_ids) >= max_tokens and not cut:
@@ -94,5 +96,5 @@ def make_texts(named: Sequence[Text], max_tokens: int, *, cut: bool) -> list[Tex
                 f"text {name!a} has {len(token_ids):,} tokens; allowed: below {max_tokens:,}, the longest sequence; "
                 "--kv-cache-tokens makes room for more where the model allows it"
             )
-        texts.append(Text(name, token_ids[: max_tokens - 1]))
-    return texts
+        texts[name] = Text(name, token_ids[: max_tokens - 1])
+    return list(texts.values())

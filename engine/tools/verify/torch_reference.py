@@ -14,7 +14,7 @@ from octavo.kernels.activation import reference as activation
 
 from ...layers.linear import Linear
 from ...loader import Checkpoint
-from ...models.decoder import Decoder
+from ...models.decoder import Allocate, Decoder, OnLoaded
 from .conditions import make_conditions
 from .forced import ForcedRun
 from .reference import Answers
@@ -31,6 +31,8 @@ ENGINE_OPS = ("rms_norm", "layer_norm", "write_kv", "paged_attention_prefill", "
 
 class TorchReference:
     """The same decoder on the torch backend, one text at a time in one piece.
+
+    Its weights are those of the engine's dtype, widened: random ones depend on the dtype that they are drawn in.
 
     Args:
         checkpoint: the model.
@@ -51,17 +53,10 @@ class TorchReference:
         max_model_len: int,
         backend: str,
     ) -> None:
-        self._load = partial(
-            Decoder,
-            checkpoint.model_config,
-            checkpoint.load_weights,
-            device=device,
-            max_model_len=max_model_len,
-            layout="plain",
-        )
-        self._decoder = self._load(dtype=dtype)
+        self._checkpoint, self._device = checkpoint, device
         self._engine_dtype = engine_dtype
         self._max_model_len = max_model_len
+        self._decoder = self._load(dtype)
         self.name = "torch"
         self.title = f"octavo's torch backend, {str(dtype).removeprefix('torch.')}"
         self.has_eager = dtype != engine_dtype
@@ -89,8 +84,24 @@ class TorchReference:
 
     def become_eager(self) -> None:
         """Run in the engine's dtype from now on."""
-        self._decoder = self._load(dtype=self._engine_dtype)
+        self._decoder = self._load(self._engine_dtype)
         self.parameters = _Parameters(self._decoder)
+
+    def _load(self, dtype: torch.dtype) -> Decoder:
+        def load(_allocate: Allocate, on_loaded: OnLoaded) -> None:
+            self._checkpoint.load_weights(
+                lambda _name, shape: torch.empty(shape, dtype=self._engine_dtype, device=self._device),
+                lambda name, tensor: on_loaded(name, tensor.to(dtype)),
+            )
+
+        return Decoder(
+            self._checkpoint.model_config,
+            load,
+            dtype=dtype,
+            device=self._device,
+            max_model_len=self._max_model_len,
+            layout="plain",
+        )
 
 
 class _Parameters:

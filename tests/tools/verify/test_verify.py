@@ -95,6 +95,14 @@ def test_the_torch_backend_against_itself_is_not_independent(llm: LLM, texts: li
     assert report.num_weights is None
 
 
+def test_random_weights_are_the_same_on_both_sides(folder: Path, texts: list[Text]) -> None:
+    llm = LLM(str(folder), device="cpu", block_size=16, kv_cache_tokens=512, load_format="dummy")
+    report = verify(llm.engine, texts, against="torch", focus=Focus("alone"))
+    assert report.passed, report.first
+    assert report.eager is not None
+    assert report.eager.max_diff.max() < 1e-4
+
+
 @pytest.mark.parametrize("against", ["hf", pytest.param("torch", marks=pytest.mark.full)])
 def test_the_triton_backend_passes(against: str, folder: Path, texts: list[Text]) -> None:
     llm = LLM(str(folder), device="cpu", backend="triton", block_size=16, kv_cache_tokens=512)
@@ -133,6 +141,8 @@ def test_texts_that_cannot_run_are_refused(llm: LLM) -> None:
         verify(llm.engine, [Text("empty", [])])
     with pytest.raises(ConfigError, match="allowed: below 256"):
         verify(llm.engine, [Text("long", [1] * 256)])
+    with pytest.raises(ConfigError, match="two texts are named 'twin'"):
+        verify(llm.engine, [Text("twin", [1]), Text("twin", [2])])
 
 
 def test_random_texts_stand_in_where_there_is_no_tokenizer() -> None:
@@ -234,6 +244,17 @@ def test_the_command_passes(command: Callable[..., tuple[int, str, str]], tmp_pa
     assert "prefix hits" in err
     assert "greeting" in html.read_text()
     assert [text["name"] for text in json.loads(record.read_text())["texts"]] == ["greeting", "line 2"]
+
+
+def test_a_perplexity_stands_beside_the_reference_s_of_the_same_positions(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    """Positions that are run again, or are cached, make it another one, which is no difference of the engine's."""
+    _, out, _ = command("--quiet")
+    rows = [line.split()[-2:] for line in out.split("condition ")[1].split("perplexities")[0].splitlines()[1:]]
+    assert len(rows) == 7
+    for found, expected in rows:
+        assert float(found) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_command_names_what_diverges_and_repeats_it(
