@@ -128,12 +128,8 @@ def _figures(found: LogitDifferences) -> list[str]:
     if not len(found):
         return [""] * 6
     numbers = [f"{number:.2g}" for number in (found.max_diff.max(), found.mean_diff.mean(), found.kl.mean())]
-    values = [perplexity(nll) for nll in (found.nll, found.nll_reference)]
-    return [
-        *numbers,
-        f"{found.same_top.mean():.2%}",
-        *("" if math.isnan(value) else f"{value:.4f}" for value in values),
-    ]
+    values = [f"{perplexity(nll):.4f}".replace("nan", "") for nll in (found.nll, found.nll_reference)]
+    return [*numbers, f"{found.same_top.mean():.2%}", *values]
 
 
 def _row(cells: Sequence[str]) -> str:
