@@ -209,6 +209,8 @@ def _about(
         about["steps take"] += more or (": a bound" if scenario.efficiency == 1 else "")
     if own.request_rate is not None:
         about["arrivals"] = f"{own.request_rate:g} requests per second"
+    if scenario.goodput:
+        about["good are"] = ", ".join(f"{name} up to {most:g} ms" for name, most in scenario.goodput.items())
     if not sweeps:
         about |= about_run(runs[0].result)
     return about

@@ -31,7 +31,7 @@ __all__ = ["Encode", "read_workload"]
 
 Encode = Callable[[str], Sequence[int]]
 
-SHAREGPT = {"input": "lognormal:98:1:1024", "output": "lognormal:205:1:1024"}
+SHAREGPT = {"input": "lognormal:101:1:1024", "output": "lognormal:237:1:1024"}
 """With the means of Kwon et al. 2023 (https://arxiv.org/abs/2309.06180), figure 11: 161 and 338 tokens; the shape is a
 choice."""
 _KINDS: Mapping[str, Mapping[str, str]] = {

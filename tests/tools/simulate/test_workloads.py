@@ -62,8 +62,8 @@ def test_bursts_come_together_and_lengths_are_like_conversations_where_asked() -
     burst = read_workload("burst:size=3,every=2.5,n=7,input=10,output=2")
     assert sizes(burst) == [(at, 10, 2) for at in (0, 0, 0, 2.5, 2.5, 2.5, 5)]
     chats = read_workload("poisson:rate=1,n=20000,like=sharegpt")
-    assert chats.prompt_tokens.mean() == pytest.approx(161, rel=0.05)
-    assert chats.output_tokens.mean() == pytest.approx(320, rel=0.08)
+    assert chats.prompt_tokens.mean() == pytest.approx(161, rel=0.03)
+    assert chats.output_tokens.mean() == pytest.approx(338, rel=0.03)
     assert max(chats.prompt_tokens.max(), chats.output_tokens.max()) == 1024
 
 
