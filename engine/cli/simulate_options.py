@@ -71,6 +71,8 @@ class SimulateOptions:
             raise ConfigError("--efficiency and --overhead-us are of a data sheet; --cost has been measured")
         if self.save_cost is not None and self.cost is None:
             raise ConfigError("--save-cost needs a --cost to save")
+        if self.gpu == "cpu" and self.output is not None:
+            raise ConfigError("--output finds nothing again of --gpu cpu: a CPU is measured anew each time")
 
     def _check(self, name: str, allowed: str, ok: Callable[[Any], bool]) -> None:
         if not ok(value := getattr(self, name)):

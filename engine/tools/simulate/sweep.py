@@ -50,6 +50,8 @@ _ENGINE = {each.name: part for part in (CacheConfig, SchedulerConfig) for each i
 }
 _OWN = ("request_rate", "gpu")
 VERSION = 1
+HEAD = '{"octavo_simulation"'
+"""Of every line that is kept."""
 POLL_S = 0.2
 
 
@@ -152,7 +154,8 @@ class Scenario:
         for number in range(0, len(workload), max(1, len(workload) // 256)):
             digest.update(workload.prompt(number, self.model.vocab_size).tobytes())
         parts = replace(self, workload=None).at(point)  # type: ignore[arg-type]
-        digest.update(repr(parts).encode())
+        # A pool that is made from the memory there is may be another the next time.
+        digest.update(repr((parts, parts.resolved().num_blocks)).encode())
         return digest.hexdigest()[:32]
 
 
@@ -217,7 +220,7 @@ def read_finished(file: Path, scenario: Scenario, points: Sequence[Point]) -> di
         return {}
     places = {scenario.key(point): place for place, point in enumerate(points)}
     found: dict[int, dict[str, Any]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             record = parse_json(line)
@@ -226,7 +229,8 @@ def read_finished(file: Path, scenario: Scenario, points: Sequence[Point]) -> di
             if record["key"] in places:
                 found[places[record["key"]]] = record["result"]
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
+            is_ours = HEAD.startswith(line[: len(HEAD)])
+            if number == len(lines) and is_ours and not line.endswith("\n"):
                 continue  # the run that wrote it was ended in the middle of the line
             raise ConfigError(f"--output {file}: line {number} is no result of a simulation: {error}") from None
     return found

@@ -108,6 +108,14 @@ def test_a_sweep_goes_on_where_it_was_stopped(runs: list[Simulated], tmp_path: P
         read_finished(file, SCENARIO, points)
 
 
+@pytest.mark.parametrize("text", [b"my notes", b'{"a":1}', b"\xff"])
+def test_a_file_of_somebody_else_is_left_alone(text: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(text)
+    with pytest.raises(ConfigError, match="line 1 is no result of a simulation"):
+        read_finished(file, SCENARIO, [{}])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -208,6 +216,7 @@ def test_requests_that_the_engine_would_refuse_are_named(simulate: Any) -> None:
         (("--gpu", "h100", "--html", "nowhere/a.html"), "there is no folder nowhere"),
         (("--gpu", "h100", "--json", "/"), "is a folder; allowed: a file"),
         (("--gpu", "h100", "--save-cost", "a.json"), "--save-cost needs a --cost"),
+        (("--gpu", "cpu", "--output", "a.jsonl"), "a CPU is measured anew each time"),
         (("--cost", "a.json", "--efficiency", "0.5"), "--cost has been measured"),
         (("--gpu", "h100", "--device", "cpu"), "a simulation runs nowhere"),
         (("--gpu", "h100", "--sweep", "max_num_seqs=2,0"), "max_num_seqs is 0"),
