@@ -45,7 +45,8 @@ def verify(
 
     The same texts run under six conditions (alone, batched, decoding token by token, in chunks, preempted, from the
     prefix cache), each token forced. The exit status is 1 where something diverges: the layer, the op, the token, how
-    far it is off and a command that repeats just that are printed.
+    far it is off and a command that repeats just that are printed. Schedules and KV pools are the conditions' own: of
+    those settings the block size and the longest sequence count, and --max-num-seqs 1, which stores weights otherwise.
     """
     own = own_options(VerifyOptions, options.own)
     if options.sampling:
