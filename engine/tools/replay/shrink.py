@@ -2,7 +2,9 @@
 difference. It does not know why it differs.
 
 What the old scheduler would have done with fewer requests, nobody can know. So a request is left out only where all
-that is told of the others, up to the step that differs, is what they do without it, too: they never noticed it.
+that is told of the others, up to the step that differs, is what they do without it, too: they never noticed it. In that
+step itself only the new scheduler can be asked. So whoever was there then stays, and so does who had the blocks that
+are found in it.
 """
 
 from __future__ import annotations
@@ -54,22 +56,22 @@ def shrink(
         should_stop: whether to take what there is.
     """
     script = script.until(difference.place).without((), difference.field)
-    requests = [
-        [event.serial for event in group]
-        for _, group in groupby(script.arrivals.values(), lambda event: (event.request_id, event.serial - event.choice))
-    ]
+    groups = groupby(script.arrivals.values(), lambda event: (event.request_id, event.serial - event.choice))
+    needed, all_serials = _needed(script), [[event.serial for event in group] for _, group in groups]
+    requests = [serials for serials in all_serials if needed.isdisjoint(serials)]
+    num_kept = len(all_serials) - len(requests)
     best = (script, replay(script, keep_logs=True))
     num_tries, num_parts = 0, 2
-    while len(requests) > 1 and num_tries < MAX_TRIES and not should_stop():
+    while len(requests) + num_kept > 1 and requests and num_tries < MAX_TRIES and not should_stop():
         size = -(-len(requests) // num_parts)
         for start in range(0, len(requests), size):
             if num_tries == MAX_TRIES or should_stop():
                 break
             if on_try is not None:
-                on_try(num_tries, len(requests))
+                on_try(num_tries, len(requests) + num_kept)
             num_tries += 1
             rest = requests[:start] + requests[start + size :]
-            found = _try(script, requests[start : start + size], difference) if rest else None
+            found = _try(script, requests[start : start + size], difference) if rest or num_kept else None
             if found is not None:
                 script, requests, best = found[0], rest, found
                 num_parts = max(num_parts - 1, 2)
@@ -81,6 +83,18 @@ def shrink(
     script, outcome = best
     assert outcome.difference is not None, "the difference is gone"
     return Minimal(script, outcome.difference, _recording(script, outcome.logs))
+
+
+def _needed(script: Script) -> set[int]:
+    """Return who is there in the last step, and who was first to have the blocks that are found in it."""
+    *before, last = script.steps
+    coming = [event for step in script.steps for event in (*step.before, *step.flight)]
+    there = {event.serial for event in coming if event.kind == EventKind.ARRIVED}
+    left = [event for step in before for event in (*step.before, *step.flight, *step.ends)] + last.before
+    there -= {event.serial for event in left if event.kind == EventKind.FINISHED}
+    for serial, _, num_cached in last.facts["admitted"]:
+        there |= {script.node(serial, block)[0] for block in range(num_cached // script.limits.block_size)}
+    return there
 
 
 def _try(script: Script, requests: Sequence[Collection[int]], difference: Difference) -> tuple[Script, Outcome] | None:

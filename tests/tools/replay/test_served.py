@@ -122,7 +122,6 @@ def test_a_changed_scheduler_is_found_named_and_made_small(
         again = json.loads(capsys.readouterr().out)
         assert again["difference"]["field"] == found["difference"]["field"]
         assert again["num_steps"] == found["minimal"]["num_steps"] - 1
-    assert run(monkeypatch, small) == 0
 
 
 def test_the_first_step_is_that_in_which_the_change_acts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
