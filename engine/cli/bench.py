@@ -20,6 +20,7 @@ import typer
 from ..errors import ConfigError
 from .bench_options import BenchOptions, objectives_from
 from .endings import FAILED, OK
+from .outputs import write_output
 from .progress import GenerationBar
 from .terminal import error_line, show, stderr
 
@@ -101,7 +102,7 @@ class _Bench:
                 self._show(result)
         if self._options.save_result is not None and results:
             kept = results[0] if len(loads) == 1 else results
-            self._options.save_result.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+            write_output(self._options.save_result, json.dumps(kept) + "\n")
         is_whole = len(results) == len(loads) and not any(result["failed"] for result in results)
         return OK if is_whole else FAILED
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, describe
 from ..strict_json import parse_json
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from ..tools.load import Load
@@ -296,5 +297,4 @@ def _check_fields(options: Any) -> None:
     if "dataset" in names and (options.dataset == "random") == (options.dataset_path is not None):
         needs = "takes no" if options.dataset == "random" else "needs a"
         raise ConfigError(f"--dataset {options.dataset} {needs} --dataset-path")
-    if options.save_result is not None and not options.save_result.parent.is_dir():
-        raise ConfigError(f"--save-result {options.save_result}: there is no folder {options.save_result.parent}")
+    check_output("--save-result", options.save_result)

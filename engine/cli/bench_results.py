@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .bench_options import LatencyOptions, OpOptions, ThroughputOptions
+from .outputs import write_output
 from .terminal import error_line, show, stderr
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Results:
         if self._save_to is None or not self._kept:
             return
         kept = self._kept[0] if len(self._kept) == 1 else self._kept
-        self._save_to.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        write_output(self._save_to, json.dumps(kept) + "\n")
 
 
 def _cautions(old: Mapping[str, Any], new: Mapping[str, Any], found: Sequence[Difference]) -> list[str]:

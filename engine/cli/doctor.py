@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from .endings import FAILED, OK
+from .outputs import STDOUT, check_output, write_output
 from .terminal import show, stderr
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DoctorOptions", "doctor"]
 
-STDOUT = Path("-")
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 INDENT = 8
 
@@ -42,6 +41,7 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port is {self.port}; allowed: 0 to 65535")
+        check_output("--json", self.json)
 
 
 def doctor(
@@ -70,15 +70,12 @@ def doctor(
             if as_lines:
                 _show(finding, is_first=not findings or findings[-1].section != finding.section, quiet=quiet)
             findings.append(finding)
-    counts = Counter(finding.status.value for finding in findings)
+    counts = {status: sum(finding.status == status for finding in findings) for status in STYLES}
     if as_lines:
         show(f"\n{counts['ok']} ok, {_some(counts['warn'], 'warning')}, {_some(counts['fail'], 'failure')}")
     if options.json is not None:
-        text = json.dumps({"counts": counts, "findings": [finding._asdict() for finding in findings]}, indent=2)
-        if as_lines:
-            options.json.write_text(text + "\n")
-        else:
-            show(text)
+        found = {"counts": counts, "findings": [finding._asdict() for finding in findings]}
+        write_output(options.json, json.dumps(found, indent=2) + "\n")
     return FAILED if counts["fail"] else OK
 
 

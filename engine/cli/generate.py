@@ -17,6 +17,7 @@ from .answers import beyond_text, record_of, to_line
 from .batch import Finished, run_batch
 from .endings import FAILED, INTERRUPTED, OK, Interrupt
 from .flags import Options
+from .outputs import STDOUT, check_output, write_output
 from .pretty import PrettyAnswers
 from .progress import GenerationBar, Speed
 from .requests import BadRequest, BatchRequest, Kind, Requests, read_lines
@@ -38,7 +39,7 @@ MAX_RECORDED_STEPS = 1 << 16
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(show_default=False)] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", show_default=False)] = None,
     input: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +78,7 @@ def generate(
     Answers come in the order of the prompts.
     """
     as_text = _is_text(text, output, options)
+    ring = None if recording is None else _ring(recording, input, output)
     with ExitStack() as stack:
         requests, total = _requests(stack, prompts or [], input, options, chat)
         # Before the model is loaded: what is wrong with the input or the output costs no time then.
@@ -93,7 +95,6 @@ def generate(
                 stderr().print(f"{output} has every answer already; --overwrite starts afresh")
                 return OK
             todo = chain([first], todo)
-        ring = None if recording is None else _ring(recording)
         llm = start_llm(options.config, quiet=options.quiet, recorder=ring)
         if recording is not None and ring is not None:
             stack.callback(_write_recording, recording, llm, ring)
@@ -102,11 +103,15 @@ def generate(
         return _run(llm, requests, todo, results, total, as_text=as_text, quiet=options.quiet)
 
 
-def _ring(recording: Path) -> EventRing:
-    """Return what keeps a run, once it is sure that it can be written down."""
+def _ring(recording: Path, *others: Path | None) -> EventRing:
+    """Return what keeps a run, once it is sure that it can be written down and takes the place of no other file."""
     from ..observe.ring import EventRing
 
-    recording.touch()
+    check_output("--recording", recording)
+    if recording.resolve() in {other.resolve() for other in others if other is not None}:
+        raise ConfigError(f"--recording {recording} is the input or the output; name another file")
+    if recording == STDOUT:
+        raise ConfigError("--recording -: answers go to stdout; name a file")
     return EventRing(MAX_RECORDED_STEPS)
 
 
@@ -117,7 +122,7 @@ def _write_recording(path: Path, llm: LLM, ring: EventRing) -> None:
     limits, config = llm.engine.core.scheduler.limits, llm.engine.config
     sizes = ("vocab_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size")
     facts = {name: getattr(limits, name) for name in sizes} | schedule_facts(config)
-    path.write_bytes(dumps(ring, {"model": Path(config.model).name, **facts}))
+    write_output(path, dumps(ring, {"model": Path(config.model).name, **facts}).decode())
 
 
 def _is_text(text: bool | None, output: Path | None, options: Options) -> bool:

@@ -19,6 +19,7 @@ from .answers import beyond_text
 from .endings import FAILED, OK
 from .flags import Options
 from .lens_table import table_lines
+from .outputs import STDOUT, check_output, write_output
 from .parts_bar import PartsBar
 from .startup_lines import start_llm
 from .terminal import error_line, show, stderr
@@ -88,6 +89,8 @@ def lens(
     hidden = (["n"] if options.sampling.get("n", 1) != 1 else []) + beyond_text(options.sampling)
     if hidden:
         raise RequestError(f"a lens cannot show {', '.join(hidden)}; use octavo generate")
+    check_output("--json", json_file)
+    check_output("--html", html)
     llm = start_llm(config, quiet=options.quiet)
     from ..tools.lens import lens_page, lens_record, look
 
@@ -104,11 +107,12 @@ def lens(
             on_progress=bar.on_progress,
         )
     record = lens_record(found)
-    if json_file is None or str(json_file) != "-":
+    if json_file != STDOUT:
         _show_table(record, is_page=html is not None, quiet=options.quiet)
-    _write(json_file, json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    if json_file is not None:
+        write_output(json_file, json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
     if html is not None:
-        html.write_text(lens_page(record), encoding="utf-8")
+        write_output(html, lens_page(record))
     if record["error"]:
         error_line(record["error"])
         return FAILED
@@ -160,13 +164,3 @@ def _show_table(record: dict[str, Any], *, is_page: bool, quiet: bool) -> None:
     if not is_page:
         notes.append("--html lens.html shows everything")
     stderr().print(" · ".join(notes), style="dim")
-
-
-def _write(file: Path | None, text: str) -> None:
-    if file is None:
-        return
-    if str(file) == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        file.write_text(text, encoding="utf-8")

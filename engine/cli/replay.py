@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ConfigError
 from .endings import FAILED, INTERRUPTED, OK, Interrupt
+from .outputs import STDOUT, check_output, write_output
 from .terminal import error_line, show, stderr
 
 if TYPE_CHECKING:
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplayOptions", "replay"]
 
-STDOUT = Path("-")
 REFRESH_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayOptions:
-    """What to do with a recording besides replaying it."""
+    """What to do with a recording besides replaying it.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
 
     shrink: bool = True
     """Where it differs: look for the fewest requests that show the same difference."""
@@ -37,6 +41,12 @@ class ReplayOptions:
     """Write these there, as a recording; not given: the bundle's name with -minimal, in this folder."""
     json: Path | None = None
     """Write what was found there as JSON, or to stdout with -."""
+
+    def __post_init__(self) -> None:
+        check_output("--output", self.output)
+        check_output("--json", self.json)
+        if self.output is not None and not self.shrink:
+            raise ConfigError("--output takes what --no-shrink does not look for; leave one of them out")
 
 
 def replay(
@@ -53,7 +63,10 @@ def replay(
     """
     from ..tools.replay import Script, read_bundle, replay
 
+    path = options.output or Path(f"{bundle.stem}-minimal.json")
     recording = read_bundle(bundle)
+    if path.exists() and path.samefile(bundle):
+        raise ConfigError(f"--output {path} is the bundle itself; name another file")
     script = Script.of(recording)
     if not quiet:
         for line in _notes(bundle, recording, script):
@@ -69,18 +82,16 @@ def replay(
             show(words)
         if not quiet:
             stderr().print(f"replayed in {time.monotonic() - start:.1f} s", style="dim")
-        _write_json(options.json, found)
+        if options.json is not None:
+            write_output(options.json, json.dumps(found, indent=2) + "\n")
         return OK
     found["difference"] = _as_json(script, outcome.difference)
     if options.json != STDOUT:
         _show_difference(script, outcome.difference)
     status = FAILED
     if options.shrink:
-        path = options.output or Path(f"{bundle.stem}-minimal.json")
-        if path.exists() and path.samefile(bundle):
-            raise ConfigError(f"--output {path} is the bundle itself; name another file")
         minimal, was_stopped = _shrink(script, outcome.difference, quiet=quiet)
-        path.write_text(json.dumps(minimal.recording, separators=(",", ":")))
+        write_output(path, json.dumps(minimal.recording, separators=(",", ":")))
         num_requests, num_steps = minimal.script.num_requests, len(minimal.script.steps)
         found["minimal"] = {"file": str(path), "num_requests": num_requests, "num_steps": num_steps}
         if options.json != STDOUT:
@@ -89,7 +100,8 @@ def replay(
         if was_stopped:
             error_line("fewer may do; run it again to go on looking", label="interrupted: ")
             status = INTERRUPTED
-    _write_json(options.json, found)
+    if options.json is not None:
+        write_output(options.json, json.dumps(found, indent=2) + "\n")
     return status
 
 
@@ -188,15 +200,6 @@ class _Bar:
         if self._progress is not None and time.monotonic() - self._shown_s > REFRESH_S:
             self._shown_s = time.monotonic()
             self._progress.update(self._task, completed=self._num_done, description=words(), refresh=True)
-
-
-def _write_json(path: Path | None, found: dict[str, Any]) -> None:
-    if path is not None:
-        text = json.dumps(found, indent=2)
-        if path == STDOUT:
-            show(text)
-        else:
-            path.write_text(text + "\n")
 
 
 def _some(count: int, noun: str) -> str:

@@ -441,9 +441,20 @@ def test_a_recording_replays_and_holds_no_prompts(
     entries = [{"prompt": f"{shared}{i % 3}", "max_tokens": 8 + i, "n": 1 + i % 2, "seed": i} for i in range(9)]
     words = ("--temperature", "1", "--block-size", "8", "--kv-cache-tokens", "256", "--max-model-len", "128")
     assert len(generate("--input", write_jsonl(entries), "--recording", recording, *words).records) == 9
+    files = sorted(path.name for path in tmp_path.iterdir())
     ran = octavo("replay", recording)
     assert ran.status == 0
     assert ran.out.startswith("same schedule: ")
     assert "9 requests" in ran.out
     assert "zebra" not in recording.read_text()
-    assert generate("x", "--recording", tmp_path / "no" / "folder.json").status == 1
+    for place, why in (
+        (tmp_path / "no" / "folder.json", "there is no folder"),
+        (tmp_path, "is a folder"),
+        ("-", "answers go to stdout"),
+    ):
+        ran = generate("x", "--recording", place)
+        assert (ran.status, why in ran.err, ran.out) == (2, True, "")
+    both = tmp_path / "both.jsonl"
+    ran = generate("x", "--recording", both, "--output", both)
+    assert (ran.status, "is the input or the output" in ran.err) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files, "nothing of it is left"

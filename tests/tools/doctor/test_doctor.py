@@ -288,11 +288,13 @@ def test_the_command(monkeypatch: Patch, capsys: pytest.CaptureFixture[str], tmp
     assert [line for line in out.splitlines() if line in sections] == sections
     assert out.count("\n  ok    ") == document["counts"]["ok"]
     assert f"{document['counts']['ok']} ok, " in out.splitlines()[-1]
+    assert document["counts"].keys() == {"ok", "warn", "fail"}
     assert {"section", "name", "status", "text", "fix"} == document["findings"][0].keys()
     assert run(monkeypatch, "--no-self-test", "--quiet", "--json", "-", "nowhere") == 1
     out, _ = capsys.readouterr()
     assert json.loads(out)["counts"]["fail"] == 1
     assert run(monkeypatch, "--no-self-test", "--quiet", "nowhere") == 1
     assert capsys.readouterr().out.splitlines()[0].startswith("  fail  nowhere: model is 'nowhere'")
+    assert run(monkeypatch, "--json", tmp_path) == 2
     assert run(monkeypatch, "--port", "70000") == 2
     assert "port is 70000; allowed: 0 to 65535" in capsys.readouterr().err

@@ -160,6 +160,9 @@ def test_the_first_step_is_that_in_which_the_change_acts(bundle: Path, monkeypat
         (["gone.json"], "gone.json: No such file"),
         (["bad.json"], "is no recording: it is not JSON"),
         (["list.json"], "allowed: an object with"),
+        (["list.json", "--output", "no/small.json"], "there is no folder no"),
+        (["list.json", "--output", "small.json", "--no-shrink"], "leave one of them out"),
+        (["list.json", "--json", "/"], "is a folder"),
     ],
 )
 def test_what_is_no_bundle_is_refused(
