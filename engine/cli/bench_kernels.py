@@ -33,7 +33,7 @@ def bench_kernels(*, options: OpOptions, quiet: bool) -> int:
     A case is compared with the float64 reference first; where it is off, no figure is told and the status is 1.
     """
     words = None if options.op is None else ",".join(options.op).split(",")
-    results = Results("kernels", options, ("cases",), quiet=quiet)
+    results = Results("kernels", options, ("cases",), _changes, quiet=quiet)
     from octavo.kernels import BackendError, current_backend, interpreted, use_backend
 
     from ..tools.bench.kernels import best_clock, kernel_cases, kernel_lines, kernel_result
@@ -59,7 +59,7 @@ def bench_kernels(*, options: OpOptions, quiet: bool) -> int:
     if figures:
         facts = {"backend": backend, "caches": clock.caches, "yardstick_s": yardstick.seconds}
         result: dict[str, Any] = {**facts, "cases": figures}
-        results.add(result, {}, clock.device.type, kernel_lines(figures), _changes)
+        results.add(result, {}, clock.device.type, kernel_lines(figures))
         results.save()
     for failure in failures:
         error_line(f"{failure}; no figure is told of it")

@@ -48,7 +48,7 @@ def bench_throughput(model_name: Model = None, *, options: Options) -> int:
     check_no_sampling(options.sampling)
     config = options.config_of(model_name)
     required = ("elapsed_time", "requests_per_second", "tokens_per_second")
-    results = Results("throughput", own, required, quiet=options.quiet)
+    results = Results("throughput", own, required, throughput_differences, quiet=options.quiet)
     llm = start_llm(config, quiet=options.quiet)
     device = llm.engine.resolved.device
     yardstick = Yardstick(device)
@@ -56,7 +56,7 @@ def bench_throughput(model_name: Model = None, *, options: Options) -> int:
         rounds = _rounds(llm, _requests(llm, own), own, yardstick, interrupt, quiet=options.quiet)
     if rounds:
         result = engine_facts(llm) | throughput_result(rounds) | {"yardstick_s": yardstick.seconds}
-        results.add(result, _workload(own), device, throughput_lines(result), throughput_differences)
+        results.add(result, _workload(own), device, throughput_lines(result))
         results.save()
     if interrupt.wanted:
         return _interrupted(f"{len(rounds)} of {own.num_rounds} rounds are over")
@@ -140,7 +140,9 @@ def bench_latency(model_name: Model = None, *, options: Options) -> int:
     own = own_options(LatencyOptions, options.own)
     check_no_sampling(options.sampling)
     config, sizes = options.config_of(model_name), own.batch_sizes
-    results = Results("latency", own, ("avg_latency", "latencies", "percentiles"), quiet=options.quiet)
+    results = Results(
+        "latency", own, ("avg_latency", "latencies", "percentiles"), latency_differences, quiet=options.quiet
+    )
     llm = start_llm(config, quiet=options.quiet)
     for size in sizes:
         check_fits(llm, size, own.input_len + own.output_len)
@@ -152,7 +154,7 @@ def bench_latency(model_name: Model = None, *, options: Options) -> int:
             workload = {"batch_size": size, **_workload(own)}
             result = engine_facts(llm) | workload | latency_result(done, output_len=own.output_len)
             result["yardstick_s"] = yardstick.seconds
-            results.add(result, workload, llm.engine.resolved.device, latency_lines(result), latency_differences)
+            results.add(result, workload, llm.engine.resolved.device, latency_lines(result))
     results.save()
     if interrupt.wanted:
         return _interrupted(f"{sum(map(len, batches.values()))} of {own.num_iters * len(batches)} batches are over")

@@ -36,6 +36,7 @@ class Results:
         verb: whose they are.
         options: what was asked.
         required: keys that every result has, ours or vLLM's.
+        changes: old and new result -> their differences.
         quiet: no cautions.
 
     Raises:
@@ -47,16 +48,22 @@ class Results:
         verb: str,
         options: ThroughputOptions | LatencyOptions | OpOptions,
         required: Sequence[str],
+        changes: Differences,
         *,
         quiet: bool,
     ) -> None:
-        from ..tools.bench.comparison import read_saved
+        from ..tools.bench.comparison import check_comparable, read_saved
 
         self._verb = verb
         self._save_to: Path | None = options.save_result
         self._old_file: Path | None = options.compare
-        self._quiet = quiet
-        self._olds = [] if options.compare is None else read_saved(options.compare, f"bench {verb}", *required)
+        self._quiet, self._changes = quiet, changes
+        self._olds: list[dict[str, Any]] = []
+        if options.compare is not None:
+            self._olds = read_saved(options.compare, f"bench {verb}", *required)
+            # Before anything is measured: what cannot be compared would end the run before it is saved.
+            for old in self._olds:
+                check_comparable(options.compare, old, self._differences)
         self._kept: list[dict[str, Any]] = []
 
     def add(
@@ -65,7 +72,6 @@ class Results:
         workload: Mapping[str, Any],
         device: str,
         lines: Sequence[str],
-        changes: Differences,
     ) -> None:
         """Show a result, and what has changed, and keep it.
 
@@ -74,9 +80,8 @@ class Results:
             workload: what has to be the same for a comparison to mean anything.
             device: "cpu" or "cuda".
             lines: its table.
-            changes: old and new result -> their differences.
         """
-        from ..tools.bench.comparison import difference_lines, of_repeats
+        from ..tools.bench.comparison import difference_lines
         from ..tools.bench.machine import machine
 
         show("\n".join(lines))
@@ -90,14 +95,20 @@ class Results:
             there = "; ".join(_differing(each.get("workload", {}), workload) for each in self._olds)
             error_line(f"{self._old_file} has no run of this workload: {there}", label="")
             return
-        found = list(changes(old, result))
-        if old.get("yardstick_s"):
-            times = [[1000 * seconds for seconds in each["yardstick_s"]] for each in (old, result)]
-            found.append(of_repeats(YARDSTICK, *times))
+        found = self._differences(old, result)
         show("\n".join(difference_lines(found, CAPTION)))
         if not self._quiet:
             for line in _cautions(old, result, found):
                 stderr().print(line, style="yellow")
+
+    def _differences(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+        from ..tools.bench.comparison import of_repeats
+
+        found = list(self._changes(old, new))
+        if old.get("yardstick_s"):
+            times = [[1000 * seconds for seconds in each["yardstick_s"]] for each in (old, new)]
+            found.append(of_repeats(YARDSTICK, *times))
+        return found
 
     def save(self) -> None:
         """Write what was kept, if that was asked for; one result as it is, several as a list."""

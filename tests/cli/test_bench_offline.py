@@ -372,6 +372,28 @@ def test_a_file_that_is_no_result_is_refused(throughput: Run, latency: Run, tmp_
     assert "is no JSON" in latency("--compare", tmp_path / "a.json").err
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokens_per_second": "fast", "rounds": []},
+        {"rounds": 5},
+        {"rounds": [{"tokens_per_second": -4.0}]},
+        {"rounds": [{"tokens_per_second": 1e999}]},
+        {"yardstick_s": [0.0]},
+        {"machine": "mine"},
+        None,
+    ],
+)
+def test_a_damaged_result_is_refused_before_anything_runs(
+    throughput: Run, tmp_path: Path, changed: dict[str, Any] | None
+) -> None:
+    good = {"elapsed_time": 1.0, "requests_per_second": 2.0, "tokens_per_second": 3.0}
+    (tmp_path / "a.json").write_text("[]" if changed is None else json.dumps(good | changed))
+    ran = throughput("--compare", tmp_path / "a.json")
+    assert (ran.status, ran.out) == (2, "")
+    assert ("an empty list" if changed is None else "is a damaged result") in ran.err
+
+
 def test_settings_of_requests_are_refused_by_name(throughput: Run, tmp_path: Path) -> None:
     (tmp_path / "octavo.toml").write_text("[sampling]\ntop_p = 0.5\n[server]\nport = 1\n")
     ran = throughput("--config", tmp_path / "octavo.toml")

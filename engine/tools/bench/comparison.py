@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import ConfigError
 
-__all__ = ["Difference", "difference_lines", "of_repeats", "of_samples", "read_saved"]
+__all__ = ["Difference", "check_comparable", "difference_lines", "of_repeats", "of_samples", "read_saved"]
 
 NUM_RESAMPLES = 2000
 NUM_BLOCKS = 24
@@ -123,11 +123,40 @@ def read_saved(file: Path, verb: str, *required: str) -> list[dict[str, Any]]:
     except (ValueError, RecursionError):
         raise ConfigError(f"--compare {file}: is no JSON") from None
     results = content if isinstance(content, list) else [content]
+    if not results:
+        raise ConfigError(f"--compare {file}: is no result of {verb} (an empty list)")
     for result in results:
         missing = [key for key in required if not isinstance(result, dict) or key not in result]
         if missing:
             raise ConfigError(f"--compare {file}: is no result of {verb} (without {', '.join(missing)})")
     return results
+
+
+def check_comparable(
+    file: Path,
+    result: Mapping[str, Any],
+    compare: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[Difference]],
+) -> None:
+    """Refuse a saved result that nothing can be compared with.
+
+    Args:
+        file: that it is from, for the message.
+        result: as `read_saved` returns it.
+        compare: old and new result -> their differences.
+
+    Raises:
+        ConfigError: a figure is missing, is none, or is not above 0.
+    """
+    try:
+        tables = [result.get(name, {}) for name in ("workload", "machine", "engine")]
+        with np.errstate(all="ignore"):
+            is_good = all(isinstance(table, dict) for table in tables) and all(
+                math.isfinite(each.old) and each.old > 0 for each in compare(result, result)
+            )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        is_good = False
+    if not is_good:
+        raise ConfigError(f"--compare {file}: is a damaged result: a figure is missing or is no number above 0")
 
 
 def t_quantile(degrees: float) -> float:
