@@ -54,6 +54,11 @@ def available_memory_bytes() -> int:
     return available
 
 
+def num_cores() -> int:
+    """Return how many cores this process may keep busy."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _fields(path: Path) -> dict[str, int]:
     """Return the numbers of a file of lines "name number ..."."""
     lines = [line.split() for line in _read(path).splitlines()]

@@ -124,7 +124,8 @@ def _workload(words: str, config: EngineConfig, own: SimulateOptions) -> Workloa
 
 def _run(scenario: Scenario, points: Sequence[Mapping[str, Any]], own: SimulateOptions, *, quiet: bool) -> list[Any]:
     """Simulate what is not done yet; return all in the order of the grid."""
-    from ..tools.simulate.sweep import Simulated, append_finished, num_cores, read_finished, run_points
+    from ..hardware import num_cores
+    from ..tools.simulate.sweep import Simulated, append_finished, read_finished, run_points
 
     for point in points:
         scenario.at(point).resolved()  # what cannot run is said before anything does

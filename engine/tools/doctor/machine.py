@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...hardware import MIN_CAPABILITY, available_memory_bytes
+from ...hardware import MIN_CAPABILITY, available_memory_bytes, num_cores
 from .finding import Finding, Status
 
 __all__ = ["look_at_gpu", "look_at_limits", "look_at_machine"]
@@ -35,11 +35,8 @@ def look_at_machine() -> Iterator[Finding]:
     import torch
 
     name, features = _cpu()
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    yield Finding(
-        MACHINE, "cpu", Status.OK, f"{name}, {_some(num_cores, 'core')}, torch uses {_some(threads, 'thread')}"
-    )
+    text = f"{name}, cores: {num_cores()}, threads that torch uses: {torch.get_num_threads()}"
+    yield Finding(MACHINE, "cpu", Status.OK, text)
     if platform.machine() in ("x86_64", "AMD64"):
         words = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16"}
         have = [word for flag, word in words.items() if flag in features]
@@ -52,10 +49,7 @@ def look_at_machine() -> Iterator[Finding]:
     status = Status.OK if free >= LOW_MEMORY_BYTES else Status.WARN
     fix = "" if status == Status.OK else "end other programs, or take a small model with --kv-cache-tokens 4096"
     yield Finding(MACHINE, "memory", status, f"{free / GIB:,.1f} GiB can be taken", fix)
-    home = Path(os.environ.get("HF_HOME", Path.home()))
-    while not home.exists():
-        home = home.parent
-    free = shutil.disk_usage(home).free
+    free = shutil.disk_usage(_nearest(Path(os.environ.get("HF_HOME") or Path.home()))).free
     status = Status.OK if free >= LOW_DISK_BYTES else Status.WARN
     fix = "" if status == Status.OK else "HF_HOME=/a/larger/disk puts downloaded models elsewhere"
     yield Finding(MACHINE, "disk", status, f"{free / GIB:,.1f} GiB free where models are downloaded to", fix)
@@ -89,16 +83,15 @@ def look_at_gpu() -> Iterator[Finding]:
     driver = _driver()
     built_for = torch.version.cuda
     if not torch.cuda.is_available():
+        version = f" {driver[0]}" if driver else ""
         if not DRIVER.exists():
             yield Finding(GPU, "gpu", Status.OK, "none: octavo runs on the CPU, with the torch backend")
         elif built_for is None:
-            text = (
-                f"there is a driver{driver and ' ' + driver[0]}, and torch {torch.__version__} is a build without CUDA"
-            )
+            text = f"there is a driver{version}, and torch {torch.__version__} is a build without CUDA"
             fix = "pip install --force-reinstall torch --index-url https://pypi.org/simple"
             yield Finding(GPU, "torch", Status.FAIL, text, fix)
         else:
-            text = f"a driver{driver and ' ' + driver[0]} is there, and torch, built for CUDA {built_for}, sees no GPU"
+            text = f"a driver{version} is there, and torch, built for CUDA {built_for}, sees no GPU"
             fix = "nvidia-smi says more; the driver must take the CUDA version that torch was built for"
             yield Finding(GPU, "gpu", Status.FAIL, text, fix)
         return
@@ -130,15 +123,17 @@ def _cpu() -> tuple[str, set[str]]:
 
 def _triton_cache() -> Finding:
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    there = folder
-    while not there.exists():
-        there = there.parent
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=_nearest(folder)):
             return Finding(LIMITS, "Triton cache", Status.OK, f"{folder} can be written")
     except OSError as error:
         fix = "TRITON_CACHE_DIR=/a/folder/of/yours"
         return Finding(LIMITS, "Triton cache", Status.WARN, f"{folder}: {error.strerror}", fix)
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the nearest folder that is there: it, or one that it would be in."""
+    return next(each for each in (folder, *folder.parents) if os.path.exists(each))  # where nobody may look, it is not
 
 
 def _driver() -> tuple[str, str] | tuple[()]:
@@ -150,7 +145,3 @@ def _driver() -> tuple[str, str] | tuple[()]:
     version = re.search(r"Driver Version:\s*([\d.]+)", text)
     cuda = re.search(r"CUDA (?:UMD )?Version:\s*([\d.]+)", text)
     return (version[1], cuda[1]) if version and cuda else ()
-
-
-def _some(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

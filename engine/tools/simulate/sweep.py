@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +33,6 @@ __all__ = [
     "Scenario",
     "Simulated",
     "append_finished",
-    "num_cores",
     "parse_sweeps",
     "points_of",
     "read_finished",
@@ -309,8 +307,3 @@ def _run(task: tuple[int, Point]) -> tuple[int, dict[str, Any] | OctavoError]:
         return place, error
     _counts[place] = len(_scenario.workload)
     return place, result
-
-
-def num_cores() -> int:
-    """Return how many processes this one may keep busy."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

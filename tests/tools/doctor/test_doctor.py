@@ -176,6 +176,9 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: Patch, tmp_path: Path) -> No
     assert (found.name, found.status) == ("torch", Status.FAIL)
     assert "a build without CUDA" in found.text
     assert "580.65" in found.text
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
+    (found,) = machine.look_at_gpu()
+    assert found.text.startswith("there is a driver, and torch ")
     fake_gpu(monkeypatch, tmp_path, built_for="13.0", cards=[], cuda="11.4")
     (found,) = machine.look_at_gpu()
     assert (found.name, found.status) == ("gpu", Status.FAIL)
