@@ -26,7 +26,7 @@ CONNECTION = "octavo.connection"
 OTHER_FILES = 32
 """That the process has open besides its connections."""
 CRUMB_BYTES = 32
-ANSWER_S = 1.0
+ANSWER_S = 3.0
 """For the application to say that a body came too slowly."""
 MAX_CRUMBS = 1024
 """Pieces of a body that may be smaller than `CRUMB_BYTES` on average."""

@@ -14,7 +14,6 @@ from typing import Any
 import openai
 import pytest
 from octavo.engine.errors import ConfigError
-from octavo.engine.server.connection import ANSWER_S
 from octavo.engine.server.settings import Limits, ServerSettings
 from octavo.engine.server.sse import EventStream
 
@@ -203,7 +202,7 @@ def test_slow_body_where_the_server_is_late(impatient: Running) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with connect(impatient) as sock:
         sock.sendall(head + b"Content-Length: 90\r\n\r\n{")
-        hold = functools.partial(impatient.loop.call_later, SHORT / 2, time.sleep, SHORT + ANSWER_S)
+        hold = functools.partial(impatient.loop.call_later, SHORT / 2, time.sleep, SHORT + 1)
         impatient.loop.call_soon_threadsafe(hold)
         assert read_response(sock).status == 408
 
