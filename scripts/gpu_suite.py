@@ -2,8 +2,9 @@
 """This script runs everything that wants an NVIDIA GPU, in one command and within a time. It does not know how anything
 is measured.
 
-    python scripts/gpu_suite.py --budget-s 540 --out results
-    python scripts/gpu_suite.py --budget-s 540 --out results --resume     # what the first left over
+    python scripts/gpu_suite.py --full --budget-s 540 --out results
+    python scripts/gpu_suite.py --full --budget-s 540 --out results --resume     # what the first left over
+    python scripts/gpu_suite.py --quick --only ceilings,step
 
 Results are in OUT/suite.json after every case, and in OUT/suite.html at the end. Every section runs in processes of its
 own: one that dies takes only its case with it. Without a GPU only the static part runs. The exit status is 1 where a
@@ -40,6 +41,11 @@ NO_SPLIT_K: Final = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZ
 INVARIANCE: Final = "tests/kernels/test_attention_invariance.py"
 ENGINE: Final = "tests/equivalence/test_triton.py"
 TESTS_PER_PROCESS: Final = 60
+STEP_MODELS: Final = {"quick": ("llama-3.1-8b",), "normal": ("llama-3.1-8b",)}
+"""Whose whole steps are timed, by how much is; with --full all three."""
+ALL_MODELS: Final = ("llama-3.1-8b", "qwen3-0.6b", "qwen3-8b")
+SECTION_S: Final = 540.0
+"""A section that takes longer goes on in the next run with --resume."""
 RESERVE_S: Final = 8.0
 """Kept back for the last files; a section is not begun with less than twice of it."""
 REPORTED_ARCHS: Final = (100, 90, 80)
@@ -158,17 +164,72 @@ def engine(context: Context) -> list[Job]:
     return jobs
 
 
+def ceilings_option(context: Context) -> list[str]:
+    """Return the option that names this run's ceilings; none where they were not measured."""
+    rates = {name: rate for facts in context.store.cases("ceilings").values() for name, rate in facts.items()}
+    if not {"copy_bytes_per_s", "matmul_flops_per_s"} <= set(rates):
+        return []
+    path = context.folder / "ceilings.json"
+    path.write_text(json.dumps(rates), encoding="utf-8")
+    return ["--ceilings", str(path)]
+
+
 def bench(context: Context) -> list[Job]:
     """Times of every op and of other libraries."""
-    rates = {name: rate for facts in context.store.cases("ceilings").values() for name, rate in facts.items()}
-    options = ["--level", context.level]
-    if {"copy_bytes_per_s", "matmul_flops_per_s"} <= set(rates):
-        path = context.folder / "ceilings.json"
-        path.write_text(json.dumps(rates), encoding="utf-8")
-        options += ["--ceilings", str(path)]
+    options = ["--level", context.level, *ceilings_option(context)]
     groups = ("decode", "prefill", "rest")
     # Long, as a peer may compile itself within a case.
     return [Job(name, python("gpu.kernels", "--group", name, *options), case_timeout_s=400) for name in groups]
+
+
+def predictions(_: Context) -> list[Job]:
+    """What steps take at best by the cards' data sheets: no measurement."""
+    return [Job("floors", python("gpu.floors"))]
+
+
+def step(context: Context) -> list[Job]:
+    """Decode steps of the whole engine, and of its parts, beside their floors."""
+    options = ["--level", context.level, *ceilings_option(context)]
+    models = STEP_MODELS.get(context.level, ALL_MODELS)
+    # An engine starts within a case, and compiles what is missing.
+    return [Job(name, python("gpu.steps", "--model", name, *options), case_timeout_s=240) for name in models]
+
+
+def engines(context: Context) -> list[Job]:
+    """Ours beside transformers' continuous batching and vLLM."""
+    names = {"quick": ("qwen3-0.6b",), "normal": ("llama-3.1-8b",)}.get(context.level, ALL_MODELS)
+    models = [*names, *([context.args.model] if context.args.model else [])]
+    options = ["--level", context.level]
+    return [Job(name, python("side_by_side", "--model", name, *options), case_timeout_s=500) for name in models]
+
+
+def kv(context: Context) -> list[Job]:
+    """Keys and values in other dtypes."""
+    argv = python("gpu.kv", "--model", ALL_MODELS[0], *ceilings_option(context))
+    return [Job("kv", argv, case_timeout_s=240)]
+
+
+def memory(context: Context) -> list[Job]:
+    """What an engine holds beside what was planned."""
+    names = ALL_MODELS[:1] if context.level != "full" else ALL_MODELS
+    return [Job(name, python("gpu.memory", "--model", name), case_timeout_s=200) for name in names]
+
+
+def loading(context: Context) -> list[Job]:
+    """How fast weights come from files."""
+    names = ("qwen3-0.6b",) if context.level != "full" else ("qwen3-0.6b", "qwen3-8b")
+    return [Job(name, python("gpu.loading", "--model", name), case_timeout_s=300) for name in names]
+
+
+def tune(context: Context) -> list[Job]:
+    """Sweep the kernels' launch settings; what it finds lies beside the results, and is nobody's default yet."""
+    if not (script := ROOT / "scripts" / "tune.py").exists():
+        raise NotRunError("scripts/tune.py is not there")
+    budget_s = 120.0 if context.level == "quick" else 400.0
+    left_s = context.deadline - time.monotonic() - RESERVE_S
+    argv = [sys.executable, "-P", str(script), "--budget-s", f"{min(budget_s, left_s):.0f}"]
+    argv += ["--out", str(context.args.out / "tuned")]
+    return [Job("tune", argv, case_timeout_s=budget_s + 60, tells=False)]
 
 
 def bits(_: Context) -> list[Job]:
@@ -211,13 +272,20 @@ class Section:
 
 SECTIONS: Final = {
     "static": Section(static, needs_gpu=False),
+    "predictions": Section(predictions, needs_gpu=False),
     "ceilings": Section(ceilings),
     "compile": Section(compiling),
     "tests": Section(tests, lambda context: max(1, context.num_workers - 2)),
     "invariance": Section(invariance, lambda _: 2),
     "engine": Section(engine, lambda _: 2),
+    "step": Section(step),
     "bench": Section(bench),
+    "engines": Section(engines),
+    "kv": Section(kv),
+    "memory": Section(memory),
+    "loading": Section(loading),
     "bits": Section(bits),
+    "tune": Section(tune),
     "sanitizer": Section(sanitizer, lambda _: 4),
 }
 """In the order of their value: what time does not allow is left out at the end."""
@@ -244,9 +312,9 @@ def run_section(name: str, section: Section, context: Context) -> None:
     except Exception:  # the others shall run all the same
         report(name, {"status": "crashed", "reason": traceback.format_exc()})
         return store.close(name, "not run", "it could not be prepared", time.monotonic() - begin)
-    finished = store.finished(name)
+    finished, deadline = store.finished(name), min(context.deadline, begin + SECTION_S)
     with ThreadPoolExecutor(section.at_once(context)) as pool:
-        left = sum(pool.map(lambda job: run_job(job, report, finished, context.deadline), jobs))
+        left = sum(pool.map(lambda job: run_job(job, report, finished, deadline), jobs))
     reason = f"no time left for {left} cases, or more" if left else None
     store.close(name, "partial" if left else "done", reason, time.monotonic() - begin)
 
@@ -291,7 +359,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=3600.0, help="stop cleanly before (default: %(default).0f)")
     default = Path(os.environ.get("OUT") or "gpu-suite-out")
     parser.add_argument("--out", type=Path, default=default, help="where results go (default: $OUT, or %(default)s)")
-    parser.add_argument("--model", help="a checkpoint to generate from on both backends")
+    parser.add_argument("--model", help="a checkpoint to generate from: on both backends, beside others")
     parser.add_argument("--kernel", default="", help="static: only kernels whose name contains this")
     parser.add_argument("--resume", action="store_true", help="keep what OUT has from the same sources and machine")
     return parser.parse_args(argv)
@@ -308,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment()
     machine = probe()
     if machine["gpu"] is None:
-        print("no NVIDIA GPU is visible: only the static part runs here", flush=True)
+        print("no NVIDIA GPU is visible: only what is compiled and predicted runs here", flush=True)
     else:
         os.environ["TRITON_INTERPRET"] = "0"  # the interpreter is for machines without one
     versions = {name: machine["packages"][name] for name in ("torch", "triton")}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any, Final
 
+from .page_engine import engine_parts, steps_table, verdict_lines
 from .store import BAD
 
 __all__ = ["group_by_file", "make_page", "make_table"]
@@ -65,14 +66,18 @@ def make_table(data: Data) -> str:
         counts = Counter(facts["status"] for facts in part["cases"].values())
         text = ", ".join(f"{count} {status}" for status, count in counts.items())
         reason = f"({part['reason']})" if part["reason"] else ""
-        lines.append(f"{name:<11}{part['status']:<9}{part['seconds']:>7.1f} s  {text} {reason}".rstrip())
+        lines.append(f"{name:<12}{part['status']:<9}{part['seconds']:>7.1f} s  {text} {reason}".rstrip())
     lines += [f"  {_rate_line(name, facts)}" for name, facts in _measured(data)[:24]]
+    for case, us, floor_us, share, rate in steps_table(_cases(data, "step")):
+        floor = f"{share} of it floor ({floor_us:.0f} us)" if share else ""
+        lines.append(f"  {case:<44}{us:>10.1f} us {rate:>9.0f} tokens/s {floor}".rstrip())
     bad = list(_bad(data))
     for section, case, facts in bad[:12]:
         reason = str(facts.get("reason", "")).strip().splitlines() or [""]
         lines.append(f"{facts['status']}: {section}: {case}: {reason[-1][:140]}")
     if len(bad) > 12:
         lines.append(f"and {len(bad) - 12} more")
+    lines += verdict_lines(data)
     return "\n".join(lines)
 
 
@@ -249,6 +254,7 @@ def make_page(data: Data) -> str:
         _text("p", f"{about}; {run['started']}; sources {run['identity']['source']}"),
         _rows(("section", "status", "reason", "cases", "seconds"), sections),
         f"<h2>What went wrong</h2>{failures}" if failures else "",
+        *engine_parts(data),
         "<h2>Roofline</h2>",
         roofline_svg(data),
         _rows(("ceiling", "rate", "value"), rates) if rates else "",

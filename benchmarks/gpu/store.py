@@ -15,7 +15,7 @@ from typing import Any, Final
 
 __all__ = ["BAD", "FINAL", "Store", "source_hash"]
 
-FINAL: Final = ("passed", "failed", "measured")
+FINAL: Final = ("passed", "failed", "measured", "predicted")
 """Outcomes that the same sources would have again; all others are tried again."""
 BAD: Final = ("failed", "crashed", "timed out")
 SAVE_EVERY_S: Final = 0.5

@@ -1,5 +1,5 @@
-"""This package holds other libraries' attention on our inputs: each is optional, and compared before it is timed. It
-does not know how time is taken.
+"""This package holds other libraries' attention on our inputs, and whole engines beside ours (`engine_runs`): each is
+optional, and compared before it is timed. It does not know how time is taken.
 
 A peer is a module with NAME, OPS ("decode", "prefill") and `prepare(case, inputs)`, which returns calls by what is
 special about each, or raises Unsuitable. What a serving engine would do once per step (plans, index lists, another
@@ -24,7 +24,7 @@ from .layouts import Unsuitable
 
 __all__ = ["PEERS", "Peer", "Unsuitable", "find", "prepare"]
 
-PEERS: Final = ("sdpa", "flex", "flashinfer_paged", "vllm_unified", "sglang_decode")
+PEERS: Final = ("sdpa", "flex", "flashinfer_paged", "vllm_unified", "sglang_decode", "sglang_extend")
 LIMIT_U: Final = 8.0
 """How far a peer's result may be from ours, over the largest element, in u: another algorithm, not another result."""
 PREPARATION_S: Final = 90.0

@@ -224,6 +224,31 @@ def fake_decode_attention_fwd(
         out[s : s + 1] = dense_attention(q[s : s + 1], keys[own], values[own], scale)
 
 
+def fake_extend_attention_fwd(
+    q: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    out: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    first: Tensor,
+    slots: Tensor,
+    mask: None,
+    is_causal: bool,
+    mask_starts: None,
+    longest: int,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+) -> None:
+    assert is_causal
+    assert longest == int(starts.diff().max())
+    for s in range(len(first) - 1):
+        rows, before = slice(int(starts[s]), int(starts[s + 1])), slots[first[s] : first[s + 1]]
+        seen, weighed = torch.cat((keys[before], own_keys[rows])), torch.cat((values[before], own_values[rows]))
+        out[rows] = dense_attention(q[rows], seen, weighed, sm_scale)
+
+
 FAKES: dict[str, dict[str, Any]] = {
     "flashinfer": {
         "BatchDecodeWithPagedKVCacheWrapper": FakeWrapper,
@@ -231,6 +256,7 @@ FAKES: dict[str, dict[str, Any]] = {
     },
     "triton_unified_attention": {"unified_attention": fake_unified_attention},
     "decode_attention": {"decode_attention_fwd": fake_decode_attention_fwd},
+    "extend_attention": {"extend_attention_fwd": fake_extend_attention_fwd},
 }
 
 
@@ -251,7 +277,7 @@ def test_peers_get_what_we_get(op: str, monkeypatch: pytest.MonkeyPatch) -> None
         if name != "torch flex_attention":  # compiling it takes a minute
             found[name], call = peers.prepare(peer, one.case, inputs, expected)
             assert (call is None) == ("reason" in found[name])
-    wanted = {"FlashInfer", "vLLM Triton"} | ({"SGLang Triton, 8 splits"} if op == "decode" else set())
+    wanted = {"FlashInfer", "vLLM Triton", "SGLang Triton, 8 splits" if op == "decode" else "SGLang Triton"}
     assert {name for name, facts in found.items() if "reason" not in facts} >= wanted, found
     assert found["torch SDPA, gathering"]["reason"] == "only for sequences of equal length"
 

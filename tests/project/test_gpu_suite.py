@@ -19,6 +19,7 @@ import torch
 
 from .gpu_benchmarks import IDENTITY, MACHINE, RATES, ROOT, RUN, load
 
+TIMED = ("step", "bench", "engines", "kv", "memory", "loading")
 SUITE = ROOT / "scripts" / "gpu_suite.py"
 children, store = load("gpu.children", "gpu.store")
 
@@ -252,14 +253,33 @@ def test_every_section_names_what_is_there(suite: ModuleType, tmp_path: Path, mo
     results = store.Store(tmp_path / "suite.json", RUN)
     results.add("ceilings", "copy", {"status": "measured", **RATES})
     context = suite.Context(args, MACHINE, results, tmp_path, time.monotonic() + 60)
-    jobs = [job for section in suite.SECTIONS.values() for job in section.jobs(context)]
-    modules = {job.argv[job.argv.index("-m") + 1] for job in jobs}
+    sections = {name: section for name, section in suite.SECTIONS.items() if name != "tune" or suite_tunes()}
+    jobs = [job for section in sections.values() for job in section.jobs(context)]
+    assert all(job.case_timeout_s <= suite.SECTION_S for name in TIMED for job in suite.SECTIONS[name].jobs(context))
+    modules = {job.argv[job.argv.index("-m") + 1] for job in jobs if "-m" in job.argv}
     paths = [word for job in jobs for word in job.argv if word.startswith("tests/")]
     assert {"gpu.ceilings", "gpu.compiling", "gpu.kernels", "gpu.bits", "gpu.sanitized", "gpu.engines"} < modules
+    assert {"gpu.floors", "gpu.steps", "gpu.kv", "gpu.memory", "gpu.loading", "side_by_side"} < modules
     load(*(name for name in modules if name.startswith("gpu.") and name != "gpu.engines"))
     assert paths.count("tests/kernels/test_norm.py") == 3
     assert all((ROOT / path).exists() for path in paths)
     assert not any("aot" in path for path in paths)
+
+
+def suite_tunes() -> bool:
+    """Whether there is what the section "tune" runs; without it, it says so."""
+    return (ROOT / "scripts" / "tune.py").exists()
+
+
+def test_a_section_has_an_end_of_its_own(
+    suite: ModuleType, make_job: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = {"one": "return {}", "two": "time.sleep(60)"}
+    monkeypatch.setattr(suite, "SECTIONS", sections(suite, make_job, tests=slow))
+    monkeypatch.setattr(suite, "SECTION_S", 1.5)
+    assert suite.main(["--out", str(tmp_path), "--budget-s", "300"]) == 0
+    part = read(tmp_path)["sections"]["tests"]
+    assert (part["status"], list(part["cases"])) == ("partial", ["one"])
 
 
 def run_here(folder: Path, *options: str) -> dict[str, Any]:
@@ -277,9 +297,17 @@ def run_here(folder: Path, *options: str) -> dict[str, Any]:
 
 
 def test_a_run_without_a_gpu(tmp_path: Path) -> None:
-    found = run_here(tmp_path, "--skip", "static")["sections"]
-    assert {part["status"] for part in found.values()} == {"not run"}
-    assert [part["reason"] for part in found.values()] == ["not asked for", *["no GPU"] * (len(found) - 1)]
+    found = run_here(tmp_path, "--quick", "--skip", "static")["sections"]
+    assert {name: part["status"] for name, part in found.items()} == {
+        name: "done" if name == "predictions" else "not run" for name in found
+    }
+    reasons = [part["reason"] for part in found.values()]
+    assert reasons == ["not asked for", None, *["no GPU"] * (len(found) - 2)]
+    facts = found["predictions"]["cases"]["llama-3.1-8b on h100"]
+    assert facts["status"] == "predicted"
+    # 15.0 GB of weights at 3.35 TB/s, by hand; keys and values and a little more on top.
+    assert 15.0e9 / 3.35e12 * 1e6 < facts["steps"][0]["floor_us"] < 1.1 * 15.0e9 / 3.35e12 * 1e6
+    assert "nothing was measured" in (tmp_path / "suite.html").read_text()
 
 
 @pytest.mark.full
