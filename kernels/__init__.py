@@ -13,6 +13,7 @@ from .dispatch import BackendError, available_backends, current_backend, interpr
 if TYPE_CHECKING:
     from .activation import gated_activation, ungated_activation
     from .attention import paged_attention_decode, paged_attention_prefill, plan_paged_attention
+    from .batch import expand_rows
     from .kv_cache import copy_blocks, plan_write_kv, write_kv
     from .norm import layer_norm, rms_norm
     from .rope import build_cos_sin
@@ -24,6 +25,7 @@ __all__ = [
     "build_cos_sin",
     "copy_blocks",
     "current_backend",
+    "expand_rows",
     "gated_activation",
     "interpreted",
     "layer_norm",
@@ -42,6 +44,7 @@ __all__ = [
 _FAMILIES = {
     "activation": ("gated_activation", "ungated_activation"),
     "attention": ("paged_attention_decode", "paged_attention_prefill", "plan_paged_attention"),
+    "batch": ("expand_rows",),
     "kv_cache": ("copy_blocks", "plan_write_kv", "write_kv"),
     "norm": ("layer_norm", "rms_norm"),
     "rope": ("build_cos_sin",),

@@ -36,6 +36,7 @@ Implementation = Callable[..., Any]
 _log = logging.getLogger("octavo.kernels")
 
 OPS: Final[dict[str, dict[Backend, str]]] = {
+    "expand_rows": {"torch": ".batch.reference", "triton": ".batch.expand_triton"},
     "paged_attention_prefill": {"torch": ".attention.reference", "triton": ".attention.prefill_triton"},
     "paged_attention_decode": {"torch": ".attention.reference", "triton": ".attention.decode_triton"},
     "plan_paged_attention": {"torch": ".attention.gather", "triton": ".attention.plan_triton"},

@@ -18,7 +18,7 @@ __all__ = ["Axis", "Case", "OpSpec", "TensorSpec", "generator", "load_specs"]
 Inputs = dict[str, Any]
 """Argument name -> value: an op is called as `op(**inputs)`."""
 
-FAMILIES: Final = ("activation", "attention", "kv_cache", "norm", "sampling")
+FAMILIES: Final = ("activation", "attention", "batch", "kv_cache", "norm", "sampling")
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,3 +145,27 @@ def prepare(
             for h in range(heads.shape[1]):
                 out[t, h] = rotate(out[t, h], table[positions[t]], style)
     return out
+
+
+def expand_rows(inputs: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the results of `expand_rows` by name, as lists."""
+    block_size, starts = inputs["block_size"], inputs["cu_seqlens_q"].tolist()
+    given = inputs["token_ids"].tolist()
+    names = ("token_ids", "positions", "slot_mapping", "seq_lens", "block_table")
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for s, row in enumerate(inputs["rows"].tolist()):
+        own = inputs["block_tables"][row].tolist() if row >= 0 else []
+        first = int(inputs["num_computed_tokens"][s]) if row >= 0 else 0
+        for i, token_id in enumerate(given[starts[s] : starts[s + 1]]):
+            if row >= 0 and token_id == -1:
+                token_id = int(inputs["last_token_ids"][row])
+            position = first + i
+            found["token_ids"].append(token_id if row >= 0 else 0)
+            found["positions"].append(position)
+            block = own[position // block_size] if own else 0
+            found["slot_mapping"].append(block * block_size + position % block_size if own else -1)
+        seq_len = first + starts[s + 1] - starts[s]
+        num_blocks = -(-seq_len // block_size) if row >= 0 else 0
+        found["seq_lens"].append(seq_len)
+        found["block_table"].append([own[c] if c < num_blocks else 0 for c in range(inputs["num_columns"])])
+    return found
