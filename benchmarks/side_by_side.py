@@ -12,6 +12,7 @@ only if every token it chose was, to our engine behind the same tokens, the like
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import statistics
 import sys
@@ -25,16 +26,21 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import peers.engine_runs as runs
+import torch
 from gpu.lines import Lines, NotRunError
 from gpu.models import find
-from octavo.engine.errors import CapacityError
+from octavo.engine.errors import CapacityError, ConfigError
 from octavo.engine.loader import resolve_model
 from octavo.engine.tools.workload import gamma_arrivals
 from peers import Unsuitable
 from peers.engine_runs import Answers, EngineRuns, OctavoRuns, Workload
 
-NEAR_TIE: Final = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+NEAR_TIE: Final = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
 """Nats between the token that an engine chose and our likeliest: what rounding explains in a deep model."""
+
+
+ROUNDS_S: Final = 90.0
+"""No further round is begun after that long: a slow peer's are long enough to count alone."""
 
 
 class Scale(NamedTuple):
@@ -92,6 +98,7 @@ class Engines:
                 self.reasons[name] = str(error)
             except Exception:  # somebody else's library, in whatever state it is
                 self.reasons[name] = traceback.format_exc(limit=-3)[-900:]
+                free_memory()
         return dict(self._others)
 
     def drop(self, name: str, reason: str) -> None:
@@ -110,6 +117,13 @@ class Engines:
         if self._ours is not None:
             self._ours.close()
             self._ours = None
+
+
+def free_memory() -> None:
+    """Give back what a failed start held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def tell(text: str) -> None:
@@ -178,8 +192,10 @@ def take_turns(
     found: dict[str, list[Answers]] = {"octavo": []}
     about: dict[str, dict[str, Any]] = {}
     wrong: list[str] = []
-    limit = NEAR_TIE[engines.workload.dtype]
+    limit, begin = NEAR_TIE[engines.workload.dtype], time.monotonic()
     for number in range(num_rounds):
+        if number and time.monotonic() - begin > ROUNDS_S:
+            break
         tell(f"octavo, round {number + 1} of {num_rounds}")
         found["octavo"].append(run(engines.ours))
         if number == 0:
@@ -307,7 +323,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("auto", *NEAR_TIE), default="auto")
     parser.add_argument("--level", choices=SCALES, help="how much (default: tiny on a CPU, else normal)")
-    parser.add_argument("--timeout-s", type=float, default=100.0, help="how long a peer may take for one round")
+    parser.add_argument("--timeout-s", type=float, default=200.0, help="how long a peer may take for one round")
     args = parser.parse_args()
     scale = SCALES[args.level or ("tiny" if args.device == "cpu" else "normal")]
     lines = Lines.from_options(args)
@@ -320,7 +336,7 @@ def main() -> None:
         def told(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             try:
                 facts = measure()
-            except CapacityError as error:
+            except (CapacityError, ConfigError) as error:
                 raise NotRunError(str(error)) from error
             if not facts["beside"]:
                 raise NotRunError("there is nothing to compare with")

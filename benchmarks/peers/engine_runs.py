@@ -11,7 +11,8 @@ import gc
 import importlib
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -121,17 +122,28 @@ class OctavoRuns:
         """Run requests as they arrive: a step is not interrupted by one."""
         llm, found = self.llm, Answers.none(len(prompts))
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
-        order = sorted(range(len(prompts)), key=arrivals.__getitem__)
         running: dict[str, int] = {}
-        num_arrived, start = 0, time.perf_counter()
-        while running or num_arrived < len(order):
-            now = time.perf_counter() - start
-            while num_arrived < len(order) and arrivals[order[num_arrived]] <= now:
-                place = order[num_arrived]
+        start = time.perf_counter()
+        try:
+            for place in self._served(arrivals, running, found, start, stream=stream):
                 running[llm.add(list(prompts[place]), params, stream=stream)] = place
-                num_arrived += 1
+        finally:
+            for request_id in running:
+                llm.abort(request_id)
+        found.seconds = time.perf_counter() - start
+        return found
+
+    def _served(
+        self, arrivals: Sequence[float], running: dict[str, int], found: Answers, start: float, *, stream: bool
+    ) -> Iterator[int]:
+        """Run steps until every prompt is answered; yield each as it arrives, for the caller to add it to `running`."""
+        llm, waiting = self.llm, deque(sorted(range(len(arrivals)), key=arrivals.__getitem__))
+        while running or waiting:
+            now = time.perf_counter() - start
+            while waiting and arrivals[waiting[0]] <= now:
+                yield waiting.popleft()
             if not running:
-                time.sleep(arrivals[order[num_arrived]] - now)
+                time.sleep(arrivals[waiting[0]] - now)
                 continue
             for output in llm.step():
                 now, place = time.perf_counter() - start, running[output.request_id]
@@ -142,8 +154,6 @@ class OctavoRuns:
                     assert answer.error is None, f"our engine failed: {answer.error}"
                     found.token_ids[place], found.end_s[place] = list(answer.token_ids), now
                     del running[output.request_id]
-        found.seconds = time.perf_counter() - start
-        return found
 
     def behind(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return, for every token of some answers, how much less likely it was to us than the likeliest, in nats.

@@ -6,7 +6,6 @@ that decides much. What is set is what our engine has too: sequences and tokens 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import logging
@@ -43,6 +42,7 @@ class TransformersRuns:
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
         self._timeout_s = workload.timeout_s
         self._model = build(checkpoint, getattr(torch, workload.dtype), workload.device)
+        self._greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         known = {each.name for each in dataclasses.fields(ContinuousBatchingConfig)}
         wanted = {
             "page_size" if "page_size" in known else "block_size": PAGE,
@@ -52,10 +52,11 @@ class TransformersRuns:
             "allow_block_sharing": False,
         }
         settings = {name: value for name, value in wanted.items() if name in known}
-        greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-        self._manager = self._model.init_continuous_batching(
-            generation_config=greedy, continuous_batching_config=ContinuousBatchingConfig(**settings)
-        )
+        try:
+            self._prepare(ContinuousBatchingConfig(**settings))
+        except (MemoryError, ValueError):  # what it reckons with beside the cache may be more than there is
+            settings = {"allow_block_sharing": False, "max_batch_tokens": workload.max_num_batched_tokens}
+            self._prepare(ContinuousBatchingConfig(**settings))
         resolved = getattr(self._manager, "continuous_batching_config", None)
         self.facts = {
             "version": transformers.__version__,
@@ -64,9 +65,14 @@ class TransformersRuns:
             "asynchronous": str(getattr(resolved, "use_async_batching", None)),
             "settings": settings,
         }
-        with contextlib.suppress(AttributeError):  # of versions that have none
-            self._manager.warmup()
         self._manager.start()
+
+    def _prepare(self, config: Any) -> None:
+        """Make its manager, and what it makes before the first request: its cache, graphs."""
+        self._manager = self._model.init_continuous_batching(
+            generation_config=self._greedy, continuous_batching_config=config
+        )
+        self._manager.warmup()
 
     def offline(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Answers:
         return self._run(prompts, num_tokens, [0.0] * len(prompts), stream=False)
