@@ -7,6 +7,7 @@ view's offset) and hold nothing.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .. import (
     copy_blocks,
+    expand_rows,
     gated_activation,
     layer_norm,
     log_softmax_top,
@@ -29,6 +31,7 @@ from .. import (
     write_kv,
 )
 from ..attention import SPLIT_TOKENS, SharedPrefixes
+from ..batch import ExpandedRows
 from ..common.checks import check_choice
 from ..dispatch import OPS
 from ..sampling import AllowedTokens, BannedTokens, LogitBias, Penalties, SampleOutput, SampleParams
@@ -179,6 +182,24 @@ def copy_call(model: Model, settings: Settings, num_copies: int) -> Call:
     return Call("copy_blocks", _cache_label(settings), lambda: copy_blocks(k_cache, v_cache, *ids))
 
 
+def expand_call(
+    settings: Settings, *, num_seqs: int, num_tokens: int, num_columns: int, width: int, start: int = 0
+) -> Call:
+    """Return the expansion of a step's rows; all tensors lie `start` elements behind the beginning of others."""
+
+    def run() -> None:
+        def part(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return empty(start + math.prod(shape), dtype=dtype)[start:].view(shape)
+
+        given = [part(size) for size in (num_seqs, num_seqs, num_seqs + 1, num_tokens, settings.max_num_seqs)]
+        tokens = (part(num_tokens, dtype=torch.int64) for _ in range(3))
+        out = ExpandedRows(*tokens, part(num_seqs), part(num_seqs, num_columns))
+        tables = part(settings.max_num_seqs, width)
+        expand_rows(*given, tables, block_size=settings.block_size, num_columns=num_columns, out=out)
+
+    return Call("expand_rows", f"block {settings.block_size}", run)
+
+
 def attention_call(
     model: Model,
     settings: Settings,
@@ -246,6 +267,8 @@ def _model_calls(model: Model, max_num_batched_tokens: int, max_num_seqs: int) -
 
 
 def _cache_calls(model: Model, settings: Settings) -> Iterator[Call]:
+    width = _widths(settings)[-1]
+    yield expand_call(settings, num_seqs=1, num_tokens=1, num_columns=width, width=width)
     for num_tokens in sizes(settings.max_num_batched_tokens):
         yield write_call(model, settings, num_tokens)
         yield copy_call(model, settings, num_tokens)

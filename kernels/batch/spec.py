@@ -46,7 +46,7 @@ def _make_inputs(case: Case, generator: torch.Generator) -> dict[str, Any]:
     token_ids: list[torch.Tensor] = []
     for row, (first, query_len) in zip(order.tolist(), seqs, strict=True):
         num_blocks = -(-(first + query_len) // case["block_size"])
-        block_tables[row, :num_blocks] = torch.randint(1, 1 << 27, (num_blocks,), generator=generator).int()
+        block_tables[row, :num_blocks] = torch.randint(1, 1 << 30, (num_blocks,), generator=generator).int()
         ids = torch.randint(1, 1 << 18, (max(query_len, 1) + 1,), generator=generator).int()
         ids[0] = ids[0] * (query_len != 1)  # 0 is a token, too
         if row % 3 and query_len:  # the host does not know the last one

@@ -62,7 +62,7 @@ def test_what_a_random_run_launches_has_been_compiled_and_loaded(
     assert report["is_warm"]
     assert (report["num_late"], report["late"], report["warnings"]) == (0, [], [])
     assert report["num_launched"] > 15
-    assert report["never_launched"] == ["_copy_kernel"]  # and this no engine launches yet
+    assert set(report["never_launched"]) <= {"_copy_kernel", "expand_rows_kernel"}  # no engine launches the first yet
     assert report["phase"].startswith(f"{report['num_warmed']} variants, ")
     first, *ready = report["told"]
     assert first == PHASE

@@ -23,7 +23,7 @@ import torch
 from octavo.kernels import dispatch
 from octavo.kernels.spec import Case, load_specs
 
-from tests.kernels import attention_checks, kv_cache_checks, mlp_checks, norm_checks
+from tests.kernels import attention_checks, batch_checks, kv_cache_checks, mlp_checks, norm_checks
 from tests.kernels import test_attention_cascade as cascade
 from tests.kernels import test_attention_invariant as invariant
 from tests.kernels import test_attention_promises as promises
@@ -186,6 +186,7 @@ def _checks(op: str) -> Checks:
     if op == "log_softmax_top":
         return _logprob_checks()
     all_checks: dict[str, Checks] = {
+        "expand_rows": batch_checks.CHECKS,
         "write_kv": kv_cache_checks.CHECKS,
         "copy_blocks": kv_cache_checks.COPY_CHECKS,
         "rms_norm": norm_checks.RMS_CHECKS,

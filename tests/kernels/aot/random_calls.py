@@ -40,6 +40,11 @@ def random_calls(model: Model, settings: Settings, rng: random.Random) -> Iterat
     yield calls.activation_call(model, num_tokens)
     yield calls.write_call(model, settings, num_tokens)
     yield calls.copy_call(model, settings, num_tokens)
+    start = rng.choice((0, rng.randint(1, 20)))
+    yield calls.expand_call(
+        settings, num_seqs=min(num_seqs, num_tokens), num_tokens=num_tokens, num_columns=width, start=start,
+        width=width + rng.choice((0, 1, 16)),
+    )  # fmt: skip
     max_query_len = rng.choice((1, rng.randint(1, 16)))
     yield calls.attention_call(
         model, settings, "decode", num_seqs=num_seqs, max_query_len=max_query_len, max_blocks_per_seq=width,
