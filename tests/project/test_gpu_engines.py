@@ -193,6 +193,21 @@ def test_an_engine_that_fails_costs_only_itself(engines: Any) -> None:
     assert "closing it: stuck" in found["beside"]["broken"]["reason"]
 
 
+def test_a_ratio_is_how_much_quicker_ours_is(engines: Any) -> None:
+    class Late(Wrong):
+        def offline(self, prompts: Any, num_tokens: int) -> Any:
+            answers = self._ours.offline(prompts, num_tokens)
+            answers.seconds = 1e6
+            return answers
+
+    engines.reasons = dict.fromkeys(runs.ENGINES, "left out")
+    engines._others["late"] = Late(engines.ours)
+    found = side.offline(engines, SCALE._replace(num_rounds=1), 320)
+    late = found["beside"]["late"]
+    assert late["tokens_per_s"] == round(5 * SCALE.num_tokens / 1e6, 2)
+    assert late["ratio"] > 1000
+
+
 def test_our_own_answers_are_judged_too(engines: Any) -> None:
     prompts = side.make_prompts(SCALE, 3, 320, seed=5)
     answers = engines.ours.offline(prompts, 5)
@@ -290,8 +305,9 @@ def test_verdicts_are_the_results() -> None:
         "prefill/2048-over-30720": fast | {"tflop_per_s": 400.0},
     }
     step = {
-        "llama-3.1-8b/64x2048/eager": MEASURED | {"fraction": 0.5},
         "llama-3.1-8b/64x2048/graphs": MEASURED | {"fraction": 0.85},
+        "llama-3.1-8b/64x2048/eager": MEASURED | {"fraction": 0.5},
+        "llama-3.1-8b/16x2048/eager": MEASURED | {"fraction": 0.9},
         "llama-3.1-8b/256x512/graphs": MEASURED | {"fraction": 0.85},
         "llama-3.1-8b/256x1024/graphs": MEASURED | {"fraction": 0.7},
         "qwen3-8b/1x512/graphs": MEASURED | {"fraction": 0.99},

@@ -155,13 +155,14 @@ def test_results_survive_and_resume(tmp_path: Path) -> None:
     first = store.Store(path, RUN)
     first.add("tests", "a", {"status": "passed"})
     first.add("tests", "b", {"status": "crashed"})
+    first.add("tests", "d", {"status": "predicted"})
     first.add("bench", "c", {"status": "measured", "us": 1.0})
     first.close("bench", "done", None, 2.0)
     first.close("tests", "partial", "no time", 1.0)
     assert json.loads(path.read_text()) == first.data
     assert [each.name for each in path.parent.iterdir()] == ["suite.json"]
     second = store.Store(path, RUN, resume=True)
-    assert (second.finished("tests"), second.is_done("tests")) == (["a"], False)
+    assert (second.finished("tests"), second.is_done("tests")) == (["a", "d"], False)
     assert (second.finished("bench"), second.is_done("bench")) == (["c"], True)
     other = store.Store(path, RUN | {"identity": IDENTITY | {"source": "def"}}, resume=True)
     assert other.data["sections"] == {}
