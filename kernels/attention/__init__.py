@@ -56,6 +56,7 @@ def plan_paged_attention(
     head_dim: int,
     block_size: int,
     max_splits: int | None = None,
+    max_parts: int | None = None,
     invariant: bool = False,
     shared: SharedPrefixes | None = None,
 ) -> Any:
@@ -69,6 +70,8 @@ def plan_paged_attention(
         max_query_len: no sequence has more query rows.
         max_splits: how many splits of `SPLIT_TOKENS` the sequences have together at most; bounds the scratch. None:
             what the shapes allow.
+        max_parts: how many partial results there are at most: splits times query rows, of the sequences of more than
+            one split together; bounds the scratch. None: as if all sequences had `max_query_len` rows.
         invariant: a row's bits shall depend on its own prefix alone, not on neighbours, chunks or cache hits.
         shared: what decode may read once for several sequences. A backend may ignore it, and does if `invariant`: rows
             with shared keys are computed by other tiles.
@@ -77,20 +80,10 @@ def plan_paged_attention(
         What the backend in force wants to know; opaque to callers.
     """
     return active["plan_paged_attention"](
-        cu_seqlens_q,
-        seq_lens,
-        block_table,
-        op=op,
-        num_tokens=num_tokens,
-        max_query_len=max_query_len,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        max_splits=max_splits,
-        invariant=invariant,
-        shared=shared,
-    )
+        cu_seqlens_q, seq_lens, block_table, op=op, num_tokens=num_tokens, max_query_len=max_query_len,
+        num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
+        max_splits=max_splits, max_parts=max_parts, invariant=invariant, shared=shared,
+    )  # fmt: skip
 
 
 @overload
@@ -170,22 +163,10 @@ def paged_attention_prefill(
         the softmax's denominator, sink included, [num_tokens, num_q_heads] float32 (float64 for a float64 q).
     """
     result: Tensor | tuple[Tensor, Tensor] = active["paged_attention_prefill"](
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q=cu_seqlens_q,
-        seq_lens=seq_lens,
-        block_table=block_table,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        worklist=worklist,
-        out=out,
+        q, k_cache, v_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table, scale=scale,
+        window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, worklist=worklist, out=out,
         return_lse=return_lse,
-    )
+    )  # fmt: skip
     return result
 
 
@@ -262,21 +243,8 @@ def paged_attention_decode(
         plan: what a backend has planned for this step; None: it plans for itself.
     """
     result: Tensor | tuple[Tensor, Tensor] = active["paged_attention_decode"](
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q=cu_seqlens_q,
-        seq_lens=seq_lens,
-        block_table=block_table,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        draft_mask=draft_mask,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        plan=plan,
-        out=out,
-        return_lse=return_lse,
-    )
+        q, k_cache, v_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table, scale=scale,
+        window=window, soft_cap=soft_cap, sinks=sinks, draft_mask=draft_mask, k_scale=k_scale, v_scale=v_scale,
+        plan=plan, out=out, return_lse=return_lse,
+    )  # fmt: skip
     return result

@@ -195,7 +195,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "k_scale", "v_scale", "window", "num_seqs", "max_query_len",
+        "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "k_scale", "v_scale", "window", "max_parts", "max_query_len",
         "table_stride",
     ]
 )  # fmt: skip
@@ -208,7 +208,7 @@ def cascade_kernel(
     p_partial,
     p_partial_max,
     p_partial_sum,
-    p_cu_splits,
+    p_cu_parts,
     p_num_splits,
     p_members,
     p_items,
@@ -218,7 +218,7 @@ def cascade_kernel(
     scale,
     soft_cap,
     window,
-    num_seqs,
+    max_parts,
     max_query_len,
     q_stride,
     table_stride,
@@ -232,7 +232,7 @@ def cascade_kernel(
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """partial[item of (s, i)] = the softmax's state of s's rows over split i, for the sequences s that share it.
+    """partial[parts of (s, i)] = the softmax's state of s's rows over split i, for the sequences s that share it.
 
     One program handles one KV head of one item: at most BLOCK_M rows (member, query token, head) and all keys of a
     split. Grid: (num_items, NUM_KV_HEADS).
@@ -251,12 +251,11 @@ def cascade_kernel(
     o_start = tl.load(p_cu_seqlens_q + o_seq).to(tl.int32)  # [BLOCK_M]
     b_query_len = tl.load(p_cu_seqlens_q + o_seq + 1).to(tl.int32) - o_start  # [BLOCK_M]
     b_seq_len = tl.load(p_seq_lens + o_seq).to(tl.int32)  # [BLOCK_M]
-    o_item = tl.load(p_cu_splits + o_seq) + i_split  # [BLOCK_M]
+    o_place = tl.load(p_cu_parts + o_seq) + i_split * b_query_len + o_row_token  # [BLOCK_M] in the scratch
     m_row &= shares_split(i_split, tl.load(p_num_splits + o_seq), b_seq_len, b_query_len, window, SPLIT_TOKENS)
     m_row &= o_row_token < b_query_len
-    m_row &= o_item < tl.load(p_cu_splits + num_seqs)  # the scratch ends there
-    # [BLOCK_M] int32: where rows are in the scratch, which has no room for 2**31 of them.
-    o_part = o_item * (max_query_len * NUM_Q_HEADS) + o_row_token * NUM_Q_HEADS + o_head
+    m_row &= o_place < max_parts  # the scratch ends there, and has no room for 2**31 rows
+    o_part = o_place * NUM_Q_HEADS + o_head  # [BLOCK_M] int32
     # The blocks as a row knows them that sees the split: another's window may have left them.
     i_seq = tl.max(tl.where(m_row, o_seq, -1), 0)
     if i_seq >= 0:
@@ -300,38 +299,11 @@ def attend_shared(
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     settings = config(head_dim=head_dim, dtype=q.dtype, target=target(q.device))
     cascade_kernel[len(work.items), num_kv_heads](
-        q,
-        cache_pairs(k_cache),
-        cache_pairs(v_cache),
-        k_scale,
-        v_scale,
-        plan.partial,
-        plan.partial_max,
-        plan.partial_sum,
-        plan.cu_splits,
-        work.num_splits,
-        work.members,
-        work.items,
-        cu_seqlens_q,
-        seq_lens,
-        block_table,
-        scale,
-        soft_cap,
-        window,
-        len(seq_lens),
-        plan.max_query_len,
-        q.stride(0),
-        block_table.stride(0),
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP_SIZE=q.shape[1] // num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        SPLIT_TOKENS=SPLIT_TOKENS,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=settings.block_n,
-        BLOCK_D=next_power_of_2(head_dim),
-        NUM_STAGES=settings.num_stages,
-        num_warps=settings.num_warps,
-        maxnreg=settings.max_registers,
+        q, cache_pairs(k_cache), cache_pairs(v_cache), k_scale, v_scale, plan.partial, plan.partial_max,
+        plan.partial_sum, plan.cu_parts, work.num_splits, work.members, work.items, cu_seqlens_q, seq_lens, block_table,
+        scale, soft_cap, window, len(plan.partial), plan.max_query_len, q.stride(0), block_table.stride(0),
+        NUM_KV_HEADS=num_kv_heads, GROUP_SIZE=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        SPLIT_TOKENS=SPLIT_TOKENS, BLOCK_M=BLOCK_M, BLOCK_N=settings.block_n, BLOCK_D=next_power_of_2(head_dim),
+        NUM_STAGES=settings.num_stages, num_warps=settings.num_warps, maxnreg=settings.max_registers,
         enable_fp_fusion=True,
-    )
+    )  # fmt: skip

@@ -32,7 +32,6 @@ def merge_splits(
     p_partial,
     p_partial_max,
     p_partial_sum,
-    i_item,
     i_row,
     num_rows,
     i_first_split,
@@ -43,8 +42,7 @@ def merge_splits(
     """Return one row's state over splits i_first_split to num_splits: values [1, BLOCK_D], maximum [1], sum [1].
 
     Args:
-        i_item: the item of the sequence's split 0.
-        i_row: which of an item's num_rows rows.
+        i_row: int64, where the row's part of split 0 is; that of the next one is num_rows further on.
     """
     o_split = tl.arange(0, MERGE)  # [MERGE]
     o_dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -53,7 +51,7 @@ def merge_splits(
     b_acc = tl.zeros((1, BLOCK_D), tl.float32)
     for i_split in range(i_first_split // MERGE * MERGE, num_splits, MERGE):
         m_split = (i_split + o_split >= i_first_split) & (i_split + o_split < num_splits)
-        o_part = (i_item + i_split + o_split).to(tl.int64) * num_rows + i_row  # [MERGE]
+        o_part = i_row + (i_split + o_split).to(tl.int64) * num_rows  # [MERGE]
         m_part = m_split[:, None] & (o_dim < HEAD_DIM)[None, :]
         # Past the first-level cache, where other multiprocessors' writes do not show.
         b_part_max = tl.load(p_partial_max + o_part, mask=m_split, other=float("-inf"), cache_modifier=".cg")
@@ -107,19 +105,19 @@ def store_rows(
         tl.store(p_lse + o_token * NUM_Q_HEADS + o_head, b_lse, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "max_query_len", "max_items", "window"])
+@triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "max_query_len", "max_parts", "window"])
 def combine_kernel(
     p_partial,
     p_partial_max,
     p_partial_sum,
     p_out,
     p_lse,
-    p_cu_splits,
+    p_cu_parts,
     p_cu_seqlens_q,
     p_seq_lens,
     p_sinks,
     max_query_len,
-    max_items,
+    max_parts,
     window,
     out_stride,
     NUM_Q_HEADS: tl.constexpr,
@@ -140,10 +138,13 @@ def combine_kernel(
     seq_len = tl.load(p_seq_lens + i_seq).to(tl.int32)
     _, i_first_split, num_splits = live_splits(seq_len, query_len, window, SPLIT_TOKENS)
     if (i_token < query_len) & (num_splits - i_first_split > 1):
-        i_item = tl.load(p_cu_splits + i_seq)
+        i_part = tl.load(p_cu_parts + i_seq)
+        # A caller who promised fewer parts loses results, but nothing is read past the scratch.
+        num_splits = tl.minimum(num_splits, (max_parts - i_part) // query_len)
+        i_row = (i_part + i_token).to(tl.int64) * NUM_Q_HEADS + i_head
         b_acc, b_max, b_sum = merge_splits(
-            p_partial, p_partial_max, p_partial_sum, i_item, i_token * NUM_Q_HEADS + i_head,
-            max_query_len * NUM_Q_HEADS, i_first_split, tl.minimum(num_splits, max_items - i_item), HEAD_DIM, BLOCK_D,
+            p_partial, p_partial_max, p_partial_sum, i_row, query_len * NUM_Q_HEADS, i_first_split, num_splits,
+            HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         o_row = tl.arange(0, 1)  # [1]
         store_rows(

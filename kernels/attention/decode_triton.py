@@ -171,7 +171,7 @@ def _attend_split(
 @triton.jit(
     do_not_specialize=[
         "p_num_shared", "p_cu_seqlens_q", "p_seq_lens", "p_block_table", "p_draft_mask", "k_scale", "v_scale", "window",
-        "num_seqs", "max_query_len", "table_stride",
+        "num_seqs", "max_parts", "table_stride",
     ]
 )  # fmt: skip
 def decode_kernel(
@@ -187,6 +187,7 @@ def decode_kernel(
     p_partial_sum,
     p_counters,
     p_cu_splits,
+    p_cu_parts,
     p_item_seqs,
     p_num_shared,
     p_cu_seqlens_q,
@@ -198,7 +199,7 @@ def decode_kernel(
     soft_cap,
     window,
     num_seqs,
-    max_query_len,
+    max_parts,
     q_stride,
     out_stride,
     table_stride,
@@ -244,7 +245,7 @@ def decode_kernel(
         if p_num_shared is not None:
             done = shares_split(i_split, tl.load(p_num_shared + i_seq), seq_len, query_len, window, SPLIT_TOKENS)
         if (not done) & (i_split >= i_first_split) & (i_tile_row < query_len * GROUP_SIZE):
-            m_row = o_row_token < tl.minimum(query_len, max_query_len)  # [BLOCK_H]; the scratch has no room for more
+            m_row = o_row_token < query_len  # [BLOCK_H]
             o_token = i_start + o_row_token  # [BLOCK_H]
             o_q = o_token.to(tl.int64) * q_stride + o_head * HEAD_DIM  # [BLOCK_H]
             b_q = load_rows(p_q, o_q, m_row, o_dim, HEAD_DIM)  # [BLOCK_H, BLOCK_D]
@@ -266,8 +267,10 @@ def decode_kernel(
                     NUM_Q_HEADS, HEAD_DIM,
                 )  # fmt: skip
             else:
-                num_rows = max_query_len * NUM_Q_HEADS
-                o_part = o_row_token * NUM_Q_HEADS + o_head + i_item * num_rows.to(tl.int64)  # [BLOCK_H]
+                i_part = tl.load(p_cu_parts + i_seq)
+                o_place = i_part + i_split * query_len + o_row_token  # [BLOCK_H]
+                m_row &= o_place < max_parts  # the scratch ends there
+                o_part = o_place.to(tl.int64) * NUM_Q_HEADS + o_head  # [BLOCK_H]
                 p_part = p_partial + o_part[:, None] * HEAD_DIM + o_dim[None, :]
                 tl.store(p_part, b_acc, mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :])
                 tl.store(p_partial_max + o_part, b_max, mask=m_row)
@@ -278,13 +281,15 @@ def decode_kernel(
                     num_done = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
                     if num_done == num_splits - i_first_split - 1:
                         tl.store(p_counter, 0)  # for the next layer
+                        num_merged = tl.minimum(num_splits, (max_parts - i_part) // query_len)
                         i_row_end = tl.minimum(i_tile_row + BLOCK_H, query_len * GROUP_SIZE)
                         for i_row in range(i_tile_row, i_row_end):
                             i_token = i_row // GROUP_SIZE
                             i_head = i_kv_head * GROUP_SIZE + i_row % GROUP_SIZE
                             b_row, b_row_max, b_row_sum = merge_splits(
-                                p_partial, p_partial_max, p_partial_sum, i_item - i_split,
-                                i_token * NUM_Q_HEADS + i_head, num_rows, i_first_split, num_splits, HEAD_DIM, BLOCK_D,
+                                p_partial, p_partial_max, p_partial_sum,
+                                (i_part + i_token).to(tl.int64) * NUM_Q_HEADS + i_head, query_len * NUM_Q_HEADS,
+                                i_first_split, num_merged, HEAD_DIM, BLOCK_D,
                             )  # fmt: skip
                             o_one = tl.arange(0, 1)  # [1]
                             store_rows(
@@ -314,19 +319,9 @@ def paged_attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `octavo.kernels.paged_attention_decode`. `plan` is a `DecodePlan` or an `InvariantPlan`."""
     check_attention(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seq_lens,
-        block_table,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
-    )
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale, out=out,
+    )  # fmt: skip
     check_supported(q, k_cache, out)
     check_positive("scale", scale)
     num_tokens, num_q_heads, head_dim = q.shape
@@ -337,31 +332,15 @@ def paged_attention_decode(
     check_side_by_side(sinks=sinks, draft_mask=draft_mask)
     if isinstance(plan, InvariantPlan):
         return attend_invariant(
-            q,
-            k_cache,
-            v_cache,
-            plan,
-            cu_seqlens_q=cu_seqlens_q,
-            seq_lens=seq_lens,
-            block_table=block_table,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            draft_mask=draft_mask,
-            out=out,
+            q, k_cache, v_cache, plan, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table,
+            scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, draft_mask=draft_mask, out=out,
             return_lse=return_lse,
-        )
+        )  # fmt: skip
     if plan is None:
         plan = plan_decode(
-            cu_seqlens_q,
-            seq_lens,
-            block_table,
-            max_query_len=min(num_tokens, MAX_DECODE_QUERY_LEN),
-            num_q_heads=num_q_heads,
-            head_dim=head_dim,
-            block_size=block_size,
-        )
+            cu_seqlens_q, seq_lens, block_table, max_query_len=min(num_tokens, MAX_DECODE_QUERY_LEN),
+            num_q_heads=num_q_heads, head_dim=head_dim, block_size=block_size,
+        )  # fmt: skip
     assert isinstance(plan, DecodePlan), "the plan is of another backend or op"
     assert plan.serves(num_seqs, num_q_heads, head_dim), "the plan is of another step or model"
     settings = config(
@@ -383,67 +362,20 @@ def paged_attention_decode(
                 block_table=block_table, window=window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale,
             )  # fmt: skip
         decode_kernel[min(settings.num_programs, len(plan.item_seqs)), num_kv_heads * settings.num_tiles](
-            q,
-            cache_pairs(k_cache),
-            cache_pairs(v_cache),
-            k_scale,
-            v_scale,
-            out,
-            lse,
-            plan.partial,
-            plan.partial_max,
-            plan.partial_sum,
-            plan.counters,
-            plan.cu_splits,
-            plan.item_seqs,
-            None if plan.shared is None else plan.shared.num_splits,
-            cu_seqlens_q,
-            seq_lens,
-            block_table,
-            sinks,
-            draft_mask,
-            scale,
-            soft_cap,
-            window,
-            num_seqs,
-            plan.max_query_len,
-            q.stride(0),
-            out.stride(0),
-            block_table.stride(0),
-            NUM_KV_HEADS=num_kv_heads,
-            GROUP_SIZE=group_size,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=block_size,
-            SPLIT_TOKENS=SPLIT_TOKENS,
-            BLOCK_H=settings.block_h,
-            BLOCK_N=settings.block_n,
-            BLOCK_D=next_power_of_2(head_dim),
-            NATIVE=settings.native,
-            NUM_STAGES=settings.num_stages,
-            num_warps=settings.num_warps,
-            maxnreg=settings.max_registers,
-            enable_fp_fusion=True,
-        )
+            q, cache_pairs(k_cache), cache_pairs(v_cache), k_scale, v_scale, out, lse, plan.partial, plan.partial_max,
+            plan.partial_sum, plan.counters, plan.cu_splits, plan.cu_parts, plan.item_seqs,
+            None if plan.shared is None else plan.shared.num_splits, cu_seqlens_q, seq_lens, block_table, sinks,
+            draft_mask, scale, soft_cap, window, num_seqs, len(plan.partial), q.stride(0), out.stride(0),
+            block_table.stride(0), NUM_KV_HEADS=num_kv_heads, GROUP_SIZE=group_size, HEAD_DIM=head_dim,
+            BLOCK_SIZE=block_size, SPLIT_TOKENS=SPLIT_TOKENS, BLOCK_H=settings.block_h, BLOCK_N=settings.block_n,
+            BLOCK_D=next_power_of_2(head_dim), NATIVE=settings.native, NUM_STAGES=settings.num_stages,
+            num_warps=settings.num_warps, maxnreg=settings.max_registers, enable_fp_fusion=True,
+        )  # fmt: skip
         if plan.may_split and plan.counters is None:
             combine_kernel[num_seqs * plan.max_query_len, num_q_heads](
-                plan.partial,
-                plan.partial_max,
-                plan.partial_sum,
-                out,
-                lse,
-                plan.cu_splits,
-                cu_seqlens_q,
-                seq_lens,
-                sinks,
-                plan.max_query_len,
-                len(plan.item_seqs),
-                window,
-                out.stride(0),
-                NUM_Q_HEADS=num_q_heads,
-                HEAD_DIM=head_dim,
-                BLOCK_D=next_power_of_2(head_dim),
-                SPLIT_TOKENS=SPLIT_TOKENS,
-                num_warps=2,
+                plan.partial, plan.partial_max, plan.partial_sum, out, lse, plan.cu_parts, cu_seqlens_q, seq_lens,
+                sinks, plan.max_query_len, len(plan.partial), window, out.stride(0), NUM_Q_HEADS=num_q_heads,
+                HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), SPLIT_TOKENS=SPLIT_TOKENS, num_warps=2,
                 enable_fp_fusion=True,
-            )
+            )  # fmt: skip
     return out if lse is None else (out, lse)

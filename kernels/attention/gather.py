@@ -123,6 +123,7 @@ def plan_paged_attention(
     head_dim: int,
     block_size: int,
     max_splits: int | None = None,
+    max_parts: int | None = None,
     invariant: bool = False,
     shared: SharedPrefixes | None = None,
 ) -> PagedPlan:

@@ -10,6 +10,7 @@ host knows only how many there may be, and a captured plan serves every replay.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -39,11 +40,14 @@ class DecodePlan:
     """[num_seqs + 1] int32: the first item of each sequence, then the number of items."""
     item_seqs: Tensor
     """[max_items] int32: the sequence of each item."""
+    cu_parts: Tensor
+    """[num_seqs] int32: where the partial results of a sequence of several splits begin: those of all its query tokens
+    for its first split, then for the next."""
     partial: Tensor
-    """[max_items, max_query_len * num_q_heads, head_dim] float32: weighted values of one split, not yet divided."""
+    """[max_parts, num_q_heads, head_dim] float32: weighted values of one split for one token, not yet divided."""
     partial_max: Tensor
     partial_sum: Tensor
-    """[max_items, max_query_len * num_q_heads] float32: maximum (to base 2) and sum of the split's softmax.
+    """[max_parts, num_q_heads] float32: maximum (to base 2) and sum of the split's softmax.
 
     Not one lse: beside a score of -30,000 it would have no digits left for the sum.
     """
@@ -58,23 +62,27 @@ class DecodePlan:
 
     def serves(self, num_seqs: int, num_q_heads: int, head_dim: int) -> bool:
         """Whether this plan was made for a batch of these shapes."""
-        rows = self.max_query_len * num_q_heads
-        return len(self.cu_splits) == num_seqs + 1 and self.partial.shape[1:] == (rows, head_dim)
+        return len(self.cu_splits) == num_seqs + 1 and self.partial.shape[1:] == (num_q_heads, head_dim)
 
 
 @triton.jit
 def _num_items(p_cu_seqlens_q, p_seq_lens, o_seq, m_seq, SPLIT_TOKENS: tl.constexpr):
-    """Return how many items sequences have, [BLOCK]: rows without keys are still written, no rows are no work."""
+    """Return how many items, and partial results, sequences have: [BLOCK] each.
+
+    Rows without keys are still written, no rows are no work, and what is not split leaves nothing to merge.
+    """
     b_query_len = tl.load(p_cu_seqlens_q + o_seq + 1, mask=m_seq, other=0)
     b_query_len -= tl.load(p_cu_seqlens_q + o_seq, mask=m_seq, other=0)
     b_seq_len = tl.load(p_seq_lens + o_seq, mask=m_seq, other=0)
-    return tl.where(b_query_len > 0, tl.maximum(tl.cdiv(b_seq_len, SPLIT_TOKENS), 1), 0).to(tl.int32)
+    b_items = tl.where(b_query_len > 0, tl.maximum(tl.cdiv(b_seq_len, SPLIT_TOKENS), 1), 0).to(tl.int32)
+    return b_items, tl.where(b_items > 1, b_items * b_query_len, 0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["p_cu_seqlens_q", "p_seq_lens", "num_seqs", "max_items", "max_query_len"])
 def plan_decode_kernel(
     p_cu_splits,
     p_item_seqs,
+    p_cu_parts,
     p_cu_seqlens_q,
     p_seq_lens,
     num_seqs,
@@ -83,18 +91,21 @@ def plan_decode_kernel(
     SPLIT_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """cu_splits = prefix sums of the sequences' numbers of items; item_seqs[cu_splits[s] : cu_splits[s + 1]] = s.
+    """cu_splits, cu_parts = prefix sums of the sequences' items, parts; item_seqs[cu_splits[s] : cu_splits[s + 1]] = s.
 
     One program handles one sequence: it counts the items before its own and writes its own. Grid: (num_seqs,).
     """
     i_seq = tl.program_id(0)
     o_block = tl.arange(0, BLOCK)  # [BLOCK]
     b_before = tl.zeros((BLOCK,), tl.int32)
+    b_parts_before = tl.zeros((BLOCK,), tl.int32)
     for i_other in range(0, i_seq, BLOCK):
         o_seq = i_other + o_block  # [BLOCK]
-        b_before += _num_items(p_cu_seqlens_q, p_seq_lens, o_seq, o_seq < i_seq, SPLIT_TOKENS)
+        b_items, b_parts = _num_items(p_cu_seqlens_q, p_seq_lens, o_seq, o_seq < i_seq, SPLIT_TOKENS)
+        b_before += b_items
+        b_parts_before += b_parts
     i_first = tl.sum(b_before, 0)
-    num_own = _num_items(p_cu_seqlens_q, p_seq_lens, i_seq, True, SPLIT_TOKENS)
+    num_own, _ = _num_items(p_cu_seqlens_q, p_seq_lens, i_seq, True, SPLIT_TOKENS)
     tl.device_assert(i_first + num_own <= max_items, "more splits than max_splits")
     query_len = tl.load(p_cu_seqlens_q + i_seq + 1) - tl.load(p_cu_seqlens_q + i_seq)
     tl.device_assert(query_len <= max_query_len, "more query tokens than max_query_len")
@@ -105,6 +116,7 @@ def plan_decode_kernel(
         o_item = i_item + o_block  # [BLOCK]
         tl.store(p_item_seqs + o_item, i_seq + tl.zeros((BLOCK,), tl.int32), mask=o_item < i_end)
     tl.store(p_cu_splits + i_seq, i_first)
+    tl.store(p_cu_parts + i_seq, tl.sum(b_parts_before, 0))
     if i_seq == num_seqs - 1:
         tl.store(p_cu_splits + num_seqs, i_end)
 
@@ -119,6 +131,7 @@ def plan_decode(
     head_dim: int,
     block_size: int,
     max_splits: int | None = None,
+    max_parts: int | None = None,
     fused: bool = False,
     shared: SharedWork | None = None,
 ) -> DecodePlan:
@@ -144,32 +157,26 @@ def plan_decode(
     max_items = num_seqs * splits_per_seq
     if max_splits is not None:
         max_items = min(max_items, num_seqs + max_splits)  # one item each where a sequence has no key
-    num_rows = max_query_len * num_q_heads
-    new, device = torch.empty, seq_lens.device
+    if max_parts is None:
+        max_parts = max_items * max_query_len if splits_per_seq > 1 else 0
+    counts, parts = (partial(torch.empty, dtype=x, device=seq_lens.device) for x in (torch.int32, torch.float32))
     plan = DecodePlan(
-        cu_splits=new(num_seqs + 1, dtype=torch.int32, device=device),
-        item_seqs=new(max_items, dtype=torch.int32, device=device),
-        partial=new((max_items, num_rows, head_dim), dtype=torch.float32, device=device),
-        partial_max=new((max_items, num_rows), dtype=torch.float32, device=device),
-        partial_sum=new((max_items, num_rows), dtype=torch.float32, device=device),
-        counters=torch.zeros((num_seqs, num_rows), dtype=torch.int32, device=device) if fused else None,
+        cu_splits=counts(num_seqs + 1),
+        item_seqs=counts(max_items),
+        cu_parts=counts(num_seqs),
+        partial=parts((max_parts, num_q_heads, head_dim)),
+        partial_max=parts((max_parts, num_q_heads)),
+        partial_sum=parts((max_parts, num_q_heads)),
+        counters=counts((num_seqs, max_query_len * num_q_heads)).zero_() if fused else None,
         max_query_len=max_query_len,
         may_split=splits_per_seq > 1,
         shared=shared,
     )
     if num_seqs:
         plan_decode_kernel[(num_seqs,)](
-            plan.cu_splits,
-            plan.item_seqs,
-            cu_seqlens_q,
-            seq_lens,
-            num_seqs,
-            max_items,
-            max_query_len,
-            SPLIT_TOKENS=SPLIT_TOKENS,
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+            plan.cu_splits, plan.item_seqs, plan.cu_parts, cu_seqlens_q, seq_lens, num_seqs, max_items, max_query_len,
+            SPLIT_TOKENS=SPLIT_TOKENS, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
     return plan
 
 
@@ -186,6 +193,7 @@ def plan_paged_attention(
     head_dim: int,
     block_size: int,
     max_splits: int | None = None,
+    max_parts: int | None = None,
     invariant: bool = False,
     shared: SharedPrefixes | None = None,
 ) -> Any:
@@ -201,13 +209,9 @@ def plan_paged_attention(
         from .worklist_triton import plan_prefill
 
         return plan_prefill(
-            cu_seqlens_q,
-            seq_lens,
-            num_tokens=num_tokens,
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
+            cu_seqlens_q, seq_lens, num_tokens=num_tokens, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-        )
+        )  # fmt: skip
     work = None
     if shared is not None:
         from .cascade_triton import plan_shared
@@ -215,13 +219,6 @@ def plan_paged_attention(
         rows_per_seq = max_query_len * (num_q_heads // num_kv_heads)
         work = plan_shared(shared, rows_per_seq=rows_per_seq, num_seqs=len(seq_lens), device=seq_lens.device)
     return plan_decode(
-        cu_seqlens_q,
-        seq_lens,
-        block_table,
-        max_query_len=max_query_len,
-        num_q_heads=num_q_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        max_splits=max_splits,
-        shared=work,
-    )
+        cu_seqlens_q, seq_lens, block_table, max_query_len=max_query_len, num_q_heads=num_q_heads, head_dim=head_dim,
+        block_size=block_size, max_splits=max_splits, max_parts=max_parts, shared=work,
+    )  # fmt: skip

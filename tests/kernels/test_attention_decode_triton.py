@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,8 @@ def triton() -> Any:
 
 
 def _plan(inputs: dict[str, Any], max_query_len: int, **options: Any) -> plan_triton.DecodePlan:
-    return plan_triton.plan_decode(
+    plan_decode = importlib.import_module("octavo.kernels.attention.plan_triton").plan_decode
+    return plan_decode(  # type: ignore[no-any-return]
         *(inputs[name].to(calls.device()) for name in ("cu_seqlens_q", "seq_lens", "block_table")),
         max_query_len=max_query_len,
         num_q_heads=inputs["q"].shape[1],
@@ -73,7 +75,10 @@ def test_plan_counts_and_lists_splits(block: int, monkeypatch: pytest.MonkeyPatc
             assert starts[-1] == len(expected)
             assert plan.item_seqs[: len(expected)].tolist() == expected
             assert all(start == sum(e < s for e in expected) for s, start in enumerate(starts[:-1]))
-            assert len(plan.item_seqs) == len(plan.partial) <= num_seqs * -(-40 * 64 // SPLIT_TOKENS)
+            assert len(plan.item_seqs) <= num_seqs * -(-40 * 64 // SPLIT_TOKENS)
+            parts = [int(q) * expected.count(s) * (expected.count(s) > 1) for s, q in enumerate(query_lens)]
+            assert plan.cu_parts.tolist() == [sum(parts[:s]) for s in range(num_seqs)]
+            assert len(plan.partial) == 2 * len(plan.item_seqs)
 
 
 def test_too_few_splits_promised_write_nothing_past_the_scratch() -> None:
@@ -83,6 +88,34 @@ def test_too_few_splits_promised_write_nothing_past_the_scratch() -> None:
     assert plan.item_seqs.tolist() == [0, 0, 1, 2]
     out, exact = call(OP, inputs, plan=plan), oracle.attention(inputs)[0]
     torch.testing.assert_close(out[:2].double(), exact[:2], rtol=1e-5, atol=1e-5)
+
+
+def check_scratch(fused: bool) -> None:
+    """A sequence of one split needs none; one of 16 query tokens takes nothing from its neighbours of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("decode_triton", "plan_triton"):  # those in force: a bug may be planted
+            patch.setattr(importlib.import_module(f"octavo.kernels.attention.{name}"), "SPLIT_TOKENS", 64)
+        _check_scratch(fused)
+
+
+def _check_scratch(fused: bool) -> None:
+    inputs = gaussian(Shape(((1, 129), (16, 80), (16, 20), (1, 65), (2, 66)), num_kv_heads=1)).lay_out()
+    num_parts = 1 * 3 + 16 * 2 + 1 * 2 + 2 * 2
+    plan, roomy = _plan(inputs, 16, fused=fused, max_splits=10, max_parts=num_parts), _plan(inputs, 16)
+    assert plan.cu_parts.tolist() == [0, 3, 35, 35, 37]
+    out = call(OP, inputs, plan=plan)
+    assert same_bits(out, call(OP, inputs, plan=roomy))
+    for x in (plan.partial, plan.partial_max, plan.partial_sum):
+        assert len(x) == num_parts < len(roomy.partial)
+        assert not bool(x.isnan().any()), "a place that nobody needs"
+    # Who has promised too little loses the last sequence's results; nothing is read or written past the scratch.
+    few = _plan(inputs, 16, fused=fused, max_splits=10, max_parts=num_parts - 3)
+    assert same_bits(call(OP, inputs, plan=few)[:34], out[:34])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scratch_holds_what_is_split_and_no_more(fused: bool) -> None:
+    check_scratch(fused)
 
 
 LONG = Shape(((1, 1025), (2, 513), (1, 512), (0, 9), (3, 514)), num_kv_heads=1)

@@ -25,6 +25,7 @@ from octavo.kernels.spec import Case, load_specs
 
 from tests.kernels import attention_checks, batch_checks, kv_cache_checks, mlp_checks, norm_checks
 from tests.kernels import test_attention_cascade as cascade
+from tests.kernels import test_attention_decode_triton as decode
 from tests.kernels import test_attention_invariant as invariant
 from tests.kernels import test_attention_promises as promises
 from tests.kernels import test_attention_quantised as quantised
@@ -92,6 +93,8 @@ def _attention_checks(op: str) -> Checks:
         named.append((f"invariance: {name}", partial(check, op, _SHAPES[op][0])))
     if op == PREFILL:
         named.insert(0, ("exact: short list", promises.check_short_list))
+    else:
+        named.insert(0, ("exact: scratch", partial(decode.check_scratch, False)))
     return (*named, *_quantised_checks(op))  # type: ignore[return-value]
 
 
