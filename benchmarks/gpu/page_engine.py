@@ -114,8 +114,14 @@ def _engines(cases: Cases) -> str:
 
 def _facts(title: str, cases: Cases, names: Mapping[str, str]) -> str:
     """Return a table of single facts of the cases of a section, or nothing where there are none."""
+
+    def shown(name: str, value: Any) -> Any:
+        return f"{value / 2**30:.2f} GiB" if name.endswith("_bytes") and value is not None else value
+
     rows = [
-        (case, *(facts.get(name) for name in names)) for case, facts in cases.items() if facts["status"] == "measured"
+        (case, *(shown(name, facts.get(name)) for name in names))
+        for case, facts in cases.items()
+        if facts["status"] == "measured"
     ]
     return f"<h2>{title}</h2>" + _table(("case", *names.values()), rows) if rows else ""
 

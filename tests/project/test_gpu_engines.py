@@ -342,9 +342,17 @@ def test_the_page_shows_whole_engines(tmp_path: Path) -> None:
     results.add("engines", "llama-3.1-8b/offline", MEASURED | {"tokens_per_s": 1000.0, "beside": beside})
     results.add("engines", "x/offline", {"status": "not run", "reason": "out of GPU memory: y"})
     results.add("loading", "tiny/load", MEASURED | {"gb_per_s": {"from disk": 2.5}})
-    results.add("memory", "tiny/eager", MEASURED | {"started_bytes": 5})
+    results.add("memory", "tiny/eager", MEASURED | {"started_bytes": 3 << 29})
     found = page.make_page(results.data)
-    for text in ("83%", "qkv &lt;x&gt;", "var(--ours) 50.0%", "var(--ours) 100.0%", "attention sdpa", "3 of 4"):
+    for text in (
+        "83%",
+        "qkv &lt;x&gt;",
+        "var(--ours) 50.0%",
+        "var(--ours) 100.0%",
+        "attention sdpa",
+        "3 of 4",
+        "1.50 GiB",
+    ):
         assert text in found, text
     assert "<td class=''>met</td><td>decode step, llama-3.1-8b, batch 64</td>" in found
     assert "out of GPU memory: y" in found
