@@ -110,7 +110,9 @@ class Engine:
         Raises:
             NotRunError: it lacks a setting, or memory, or refuses.
         """
-        missing = way.keys() - setting_names().keys()
+        names = setting_names()
+        way = {name: value for name, value in way.items() if name in names or value is not False}  # not there: off
+        missing = way.keys() - names.keys()
         if missing:
             raise NotRunError(f"this engine has no setting {', '.join(sorted(missing))}")
         if self._llm is None or way != self._way:
@@ -289,9 +291,8 @@ def make_cases(
     for name, way in ways.items():
         for size in sizes:
             cases[f"{model}/{size}/{name}"] = partial(_run, measure, engine, way, size, ceilings)
-    eager = VARIANTS["eager"] if VARIANTS["eager"].keys() <= setting_names().keys() else {}
     for size in sizes:
-        cases[f"{model}/{size}/parts"] = partial(_run, take_apart, engine, eager, size, ceilings)
+        cases[f"{model}/{size}/parts"] = partial(_run, take_apart, engine, VARIANTS["eager"], size, ceilings)
     return cases
 
 

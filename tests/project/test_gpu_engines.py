@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from octavo.engine.config import setting_names
 from octavo.engine.tools.gpus import find_gpu
 from octavo.engine.tools.plan import read_model
 from octavo.engine.tools.roofline import Roofline, StepWork
@@ -95,10 +96,25 @@ def test_steps_are_timed_beside_their_floor(small_steps: None) -> None:
     engine.close()
 
 
+def test_every_way_to_run_is_a_case(small_steps: None) -> None:
+    size = steps.Size(2, 20)
+    engine = steps.Engine("tiny", (size,), device="cpu", dtype="float32")
+    ways = {
+        name: way for name, way in steps.VARIANTS.items() if {key for key in way if way[key]} <= setting_names().keys()
+    }
+    cases = steps.make_cases(engine, "tiny", (size,), ways, RATES)
+    assert list(cases) == [f"tiny/2x20/{name}" for name in (*ways, "parts")]
+    found = {name: case() for name, case in cases.items()}
+    assert {facts["status"] for facts in found.values()} == {"measured"}
+    assert all(found[f"tiny/2x20/{name}"]["tokens_per_s"] > 0 for name in ways)
+    engine.close()
+
+
 def test_a_setting_that_is_not_there_is_said(small_steps: None) -> None:
     engine = steps.Engine("tiny", (steps.Size(1, 8),), device="cpu", dtype="float32")
     with pytest.raises(lines.NotRunError, match="no setting warp_speed"):
         engine.get({"warp_speed": True})
+    engine.get({"warp_speed": False})
     with pytest.raises(lines.NotRunError, match="max_model_len"):
         steps.Engine("tiny", (steps.Size(1, 2000),), device="cpu", dtype="float32").get({})
 
