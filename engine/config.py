@@ -42,8 +42,9 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_flag(name: str, value: Any) -> None:
-    _check(name, value, "true, false", lambda v: isinstance(v, bool))
+def _check_flag(name: str, value: Any, *, automatic: bool = False) -> None:
+    allowed = "true, false" + (", or none for automatic" if automatic else "")
+    _check(name, value, allowed, lambda v: isinstance(v, bool) or (automatic and v is None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,8 @@ class EngineConfig:
     """Whose ops to run: the torch reference or the Triton kernels."""
     invariant: bool = False
     """Bit-equal tokens and logprobs whatever the batch, chunking, cache or preemption; slower."""
+    graphs: bool | None = None
+    """Run decode steps as captured graphs; None: on a GPU."""
     generation_config: Literal["auto", "none"] = "auto"
     """auto: the sampling defaults that come with the model, where it has any; none: octavo's own."""
     special_in_prompts: bool = True
@@ -233,6 +236,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_flag("invariant", self.invariant)
+        _check_flag("graphs", self.graphs, automatic=True)
         _check_flag("special_in_prompts", self.special_in_prompts)
         _check(
             "tokenizer",

@@ -63,6 +63,7 @@ class ResolvedConfig:
     dtype: DTypeName
     backend: BackendName
     invariant: bool
+    graphs: bool
     block_size: int
     num_blocks: int
     max_model_len: int
@@ -213,6 +214,7 @@ def _resolve(
         dtype=dtype,
         backend=backend,
         invariant=config.invariant,
+        graphs=_graphs(config, hardware, backend),
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
@@ -254,6 +256,13 @@ def _backend(config: EngineConfig, hardware: Hardware, choices: list[Choice]) ->
             f"block_size is {config.cache.block_size}; allowed: {allowed}, for which the Triton kernels are made"
         )
     return backend
+
+
+def _graphs(config: EngineConfig, hardware: Hardware, backend: BackendName) -> bool:
+    can_be = hardware.device == "cpu" or backend == "triton"
+    if config.graphs and not can_be:
+        raise ConfigError("graphs is true and backend is torch on a GPU; allowed: false, for its ops ask the device")
+    return hardware.device == "cuda" and can_be if config.graphs is None else config.graphs
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, hardware: Hardware, choices: list[Choice]) -> DTypeName:

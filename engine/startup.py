@@ -172,7 +172,11 @@ def start_engine(
         max_model_len=resolved.max_model_len,
         block_size=resolved.block_size,
         invariant=resolved.invariant,
+        graphs=resolved.graphs,
     )
+    if runner.graphs is not None and resolved.device == "cuda":
+        with phase(name := "capture the graphs"):
+            phase.detail = runner.graphs.capture_all(phase.progress(name))
     limits = _limits(config, resolved, checkpoint, tokenizer)
     return Engine(
         core=EngineCore(

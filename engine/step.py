@@ -35,6 +35,7 @@ __all__ = [
     "RequestOutput",
     "RowError",
     "SchedulerOutput",
+    "StepHandle",
 ]
 
 MAX_DECODE_QUERY_LEN = 16
@@ -191,11 +192,28 @@ class ModelOutput:
         return self
 
 
-class ModelRunner(Protocol):
-    """Runs one step."""
+class StepHandle(Protocol):
+    """A step that has been started."""
 
-    def execute(self, step: SchedulerOutput) -> ModelOutput:
-        """Start the step and return a handle to its output."""
+    def wait(self) -> ModelOutput:
+        """Return the output once the device has finished; to be called once, in the order of the steps.
+
+        Whatever went wrong in this step since `execute` returned is raised here.
+        """
+        ...
+
+
+class ModelRunner(Protocol):
+    """Runs steps, one after the other.
+
+    A step may be started before the one before it has been waited for, but not before the one before that. Its rows
+    may then have, as their last token, one that the step before samples and only the device knows:
+    `num_computed_tokens` and `num_scheduled_tokens` count it. What an older handle says of a row that has since been
+    removed means nothing.
+    """
+
+    def execute(self, step: SchedulerOutput) -> StepHandle:
+        """Start the step and return a handle to its output, without waiting for the device."""
         ...
 
 

@@ -93,6 +93,7 @@ def _resolved(limits: SchedulerLimits) -> ResolvedConfig:
         dtype="float32",
         backend="torch",
         invariant=True,
+        graphs=False,
         block_size=limits.block_size,
         num_blocks=limits.num_blocks,
         max_model_len=limits.max_model_len,

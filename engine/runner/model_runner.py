@@ -1,24 +1,26 @@
 """This module holds the runner of one step: inputs, model, sampler, outputs. It does not know why a row runs.
 
-What may never be added here: a loop over all rows of a step, a decision about scheduling, text.
+What may never be added here: a loop over all rows of a step, a decision about scheduling, text, a wait for the device
+before `LaunchedStep.wait`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from octavo.kernels import log_softmax_top
+from torch import Tensor
 
-from ..footprint import LOGITS_CHUNK_TOKENS
 from ..models.decoder import Decoder, LayerCache
-from ..step import LogprobEntry, ModelOutput, SchedulerOutput
+from ..step import SchedulerOutput
 from .attention_metadata import build_attention_metadata
-from .input_batch import InputBatch, StepInputs
-from .sampler import Sampler, logprob_entries
+from .cuda_graphs import DecodeGraphs
+from .input_batch import InputBatch, Uploaded
+from .launched_step import LaunchedStep
+from .prompt_logprobs import PromptLogprobs
+from .sampler import Sampler
 
 __all__ = ["ModelRunner"]
 
@@ -32,6 +34,7 @@ class ModelRunner:
         sampler: draws the tokens; keeps what it needs of each row.
         max_num_seqs, max_model_len, block_size: the engine's limits.
         invariant: see `plan_paged_attention`.
+        graphs: run decode steps as captured graphs; see `DecodeGraphs`.
     """
 
     def __init__(
@@ -44,59 +47,80 @@ class ModelRunner:
         max_model_len: int,
         block_size: int,
         invariant: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.model = model
         self.cache = cache
         self._sampler = sampler
-        self._batch = InputBatch(max_num_seqs, max_model_len, block_size)
-        self._block_size = block_size
+        self._batch = InputBatch(max_num_seqs, max_model_len, block_size, model.device)
         self._invariant = invariant
-        self._wants_prompt_logprobs: dict[int, tuple[int, int]] = {}
-        """Row -> (number of top tokens, number of prompt tokens)."""
+        self._prompt_logprobs = PromptLogprobs(self._batch, sampler.num_valid_ids)
         self._wants_hidden_states: dict[int, Sequence[int]] = {}
         """Row -> layers."""
+        self._latest: LaunchedStep | None = None
+        self.graphs: DecodeGraphs | None = None
+        """What was captured holds the model as it was: None while something else stands in `model`."""
+        if graphs:
+            self.graphs = DecodeGraphs(model, cache, self._batch, max_num_seqs=max_num_seqs, invariant=invariant)
 
     @torch.inference_mode()
-    def execute(self, step: SchedulerOutput) -> ModelOutput:
-        """Run one step; see `ModelRunner` in `step.py`."""
+    def execute(self, step: SchedulerOutput) -> LaunchedStep:
+        """Start one step; see `ModelRunner` in `step.py`.
+
+        Where the sampling needs a token of the step before, which has not been waited for, it is launched with the next
+        step or by `wait`, whichever comes first.
+        """
+        if self._latest is not None:
+            self._latest.launch()
         self._apply(step)
-        inputs = self._batch.gather(step)
+        rows = step.rows[step.sampled]
+        positions = (step.num_computed_tokens + step.num_scheduled_tokens)[step.sampled]
+        self._sampler.prepare(rows, positions)
+        capture = sorted({layer for layers in self._wants_hidden_states.values() for layer in layers})
+        uploaded, hidden, captured = self._forward(step, capture)
+        num_sampled = len(rows)
+        logits = None
+        if num_sampled:
+            all_rows = num_sampled == len(hidden)
+            logits = self.model.logits(hidden if all_rows else hidden.index_select(0, uploaded.logits_indices))
+        launched = LaunchedStep(
+            self._sampler,
+            self._batch,
+            rows=rows,
+            positions=positions,
+            sampled_rows=uploaded.sampled_rows,
+            logits=logits,
+            prompt_logprobs=self._prompt_logprobs.launch(step, hidden, self.model.logits),
+            states=dict(self._hidden_states(step, capture, captured)),
+        )
+        before, self._latest = self._latest, launched
+        if before is None or before.is_done or not self._sampler.needs_host(rows):
+            launched.launch()
+        return launched
+
+    def _forward(self, step: SchedulerOutput, capture: Sequence[int]) -> tuple[Uploaded, Tensor, list[Tensor]]:
+        """Return what was uploaded of a step, its hidden states [num_tokens, H], and those captured."""
+        if self.graphs is not None:
+            bucket = self.graphs.bucket(step, wants_states=bool(capture or self._prompt_logprobs))
+            if bucket is not None:
+                hidden, uploaded = self.graphs.run(step, bucket)
+                return uploaded, hidden, []
+        uploaded = self._batch.upload(step)
+        inputs = self._batch.expand(step, uploaded)
         metadata = build_attention_metadata(
             step,
             inputs,
             self.model.config,
-            block_size=self._block_size,
-            device=self.model.device,
+            block_size=self._batch.block_size,
             invariant=self._invariant,
+            host_block_tables=self._batch.host_block_tables if self.graphs is None else None,
         )
-        rows, positions = step.rows[step.sampled], inputs.seq_lens[step.sampled]
-        self._sampler.prepare(rows, positions)
-        capture = sorted({layer for layers in self._wants_hidden_states.values() for layer in layers})
-        token_ids = torch.from_numpy(inputs.token_ids).to(self.model.device)
-        hidden, captured = self.model.forward(token_ids, metadata, self.cache, capture)
-
-        last = (inputs.cu_seqlens_q[1:] - 1)[step.sampled]  # [num_sampled] token rows
-        prompt_logprobs = dict(self._prompt_logprobs(step, inputs, hidden)) if self._wants_prompt_logprobs else {}
-        if len(last) == 0:
-            return ModelOutput(np.empty(0, dtype=np.int32), prompt_logprobs=prompt_logprobs)
-        logits = self.model.logits(hidden if len(last) == step.num_tokens else hidden[torch.from_numpy(last)])
-        drawn = self._sampler.sample(logits, rows, positions)
-        self._batch.append(rows, positions, drawn.token_ids)
-        states = dict(self._hidden_states(rows, last, capture, captured)) if capture else {}
-        return ModelOutput(
-            drawn.token_ids,
-            failed=drawn.failed,
-            errors=drawn.errors,
-            ended=drawn.ended,
-            logprobs=drawn.logprobs,
-            prompt_logprobs=prompt_logprobs,
-            hidden_states=states,
-        )
+        return uploaded, *self.model.forward(inputs.token_ids, metadata, self.cache, capture)
 
     def _apply(self, step: SchedulerOutput) -> None:
         for row in step.removed_rows.tolist():
             self._sampler.remove(row)
-            self._wants_prompt_logprobs.pop(row, None)
+            self._prompt_logprobs.remove(row)
             self._wants_hidden_states.pop(row, None)
         self._batch.apply(step)
         for sequence in step.new_sequences:
@@ -110,55 +134,19 @@ class ModelRunner:
                 stop_token_ids=sequence.stop_token_ids,
                 grammar=sequence.grammar,
             )
+            self._prompt_logprobs.add(sequence)
             # A step that failed may have left a row it never took out again.
-            self._wants_prompt_logprobs.pop(sequence.row, None)
             self._wants_hidden_states.pop(sequence.row, None)
-            if sequence.params.prompt_logprobs is not None:
-                wanted = (sequence.params.prompt_logprobs, sequence.num_prompt_tokens)
-                self._wants_prompt_logprobs[sequence.row] = wanted
             if sequence.params.return_hidden_states:
                 self._wants_hidden_states[sequence.row] = sequence.params.return_hidden_states
 
-    def _prompt_logprobs(
-        self, step: SchedulerOutput, inputs: StepInputs, hidden: torch.Tensor
-    ) -> Iterator[tuple[int, list[LogprobEntry]]]:
-        """Yield (row, an entry for each prompt token that this step's positions predict)."""
-        for i, row in enumerate(step.rows.tolist()):
-            if row not in self._wants_prompt_logprobs:
-                continue
-            num_top, num_prompt_tokens = self._wants_prompt_logprobs[row]
-            first = int(step.num_computed_tokens[i])
-            stop = min(first + int(step.num_scheduled_tokens[i]), num_prompt_tokens - 1)
-            if first >= stop:
-                continue
-            start = int(inputs.cu_seqlens_q[i])
-            entries: list[LogprobEntry] = []
-            for chunk in range(first, stop, LOGITS_CHUNK_TOKENS):
-                chunk_stop = min(chunk + LOGITS_CHUNK_TOKENS, stop)
-                logits = self.model.logits(hidden[start + chunk - first : start + chunk_stop - first])
-                following = self._batch.token_ids[row, chunk + 1 : chunk_stop + 1].astype(np.int64)
-                entries += self._entries(logits, following, num_top)
-            yield row, entries
-
-    def _entries(self, logits: torch.Tensor, token_ids: npt.NDArray[np.int64], num_top: int) -> list[LogprobEntry]:
-        """Return what the model thought of given tokens, over the ids that the tokenizer has, as for sampled ones."""
-        logits = logits[:, : self._sampler.num_valid_ids]
-        num_ids = logits.shape[1]
-        known = torch.from_numpy(np.minimum(token_ids, num_ids - 1)).to(logits.device)
-        entries = logprob_entries(log_softmax_top(logits, min(num_top, num_ids), known))
-        for i in np.flatnonzero(token_ids >= num_ids).tolist():
-            entries[i] = entries[i]._replace(logprob=-math.inf, rank=num_ids + 1)
-        return entries
-
     def _hidden_states(
-        self,
-        rows: npt.NDArray[np.int32],
-        last: npt.NDArray[np.int32],
-        capture: Sequence[int],
-        captured: Sequence[torch.Tensor],
-    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        self, step: SchedulerOutput, capture: Sequence[int], captured: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield (position in `sampled`, [num_chosen_layers, H]) for the rows that asked."""
-        for i, row in enumerate(rows.tolist()):
-            if layers := self._wants_hidden_states.get(row):
-                states = [captured[capture.index(layer)][int(last[i])] for layer in layers]
-                yield i, torch.stack(states).float().cpu().numpy()
+        last = np.cumsum(step.num_scheduled_tokens)[step.sampled] - 1
+        sampled_rows: npt.NDArray[np.int32] = step.rows[step.sampled]
+        for row, layers in self._wants_hidden_states.items():
+            for at in np.flatnonzero(sampled_rows == row).tolist():
+                states = [captured[capture.index(layer)][int(last[at])] for layer in layers]
+                yield at, torch.stack(states).float()

@@ -31,7 +31,7 @@ from ..sampling_params import SamplingParams
 from ..step import Grammar, LogprobEntry, RowError
 from .row_grammar import MaskWorkers, RowGrammar
 
-__all__ = ["SampledTokens", "Sampler", "logprob_entries"]
+__all__ = ["Draw", "SampledTokens", "Sampler", "logprob_entries"]
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -61,6 +61,19 @@ class SampledTokens(NamedTuple):
     """[n] rows whose grammar lets nothing follow their token; None: no row."""
     logprobs: dict[int, LogprobEntry]
     """By position in the batch, of rows that asked."""
+
+
+class Draw:
+    """Tokens that are being sampled."""
+
+    def __init__(self, sampled: SampledTokens, device: torch.device) -> None:
+        self._sampled = sampled
+        self.token_ids = torch.from_numpy(sampled.token_ids).to(device)
+        """[n] int32, on the device."""
+
+    def wait(self) -> SampledTokens:
+        """Return what was sampled once it is known."""
+        return self._sampled
 
 
 @dataclass(slots=True)
@@ -236,6 +249,17 @@ class Sampler:
             ended = self._remember(rows, positions, flags, token_ids, failed)
         logprobs = self._logprobs(logits, rows, flags, output.token_ids, failed) if used & _LOGPROBS else {}
         return SampledTokens(token_ids, failed, errors, ended, logprobs)
+
+    def needs_host(self, rows: IntArray) -> bool:
+        """Whether some of these rows cannot be sampled before the last draw has been waited for."""
+        return any(
+            extras is not None and (extras.grammar is not None or extras.max_tail > 0)
+            for extras in map(self._extras.__getitem__, rows[(self._flags[rows] & _EXTRAS) != 0].tolist())
+        )
+
+    def launch(self, logits: Tensor, rows: IntArray, positions: IntArray) -> Draw:
+        """Start to sample; the arguments are those of `sample`."""
+        return Draw(self.sample(logits, rows, positions), self._device)
 
     def _make_extras(
         self,

@@ -107,10 +107,9 @@ def teacher_forced_logits(
             inputs,
             decoder.config,
             block_size=block_size,
-            device=CPU,
             invariant=invariant,
         )
-        hidden, _ = decoder.forward(torch.from_numpy(inputs.token_ids), metadata, cache)
+        hidden, _ = decoder.forward(inputs.token_ids, metadata, cache)
         for row, part in zip(step.rows, hidden.split(step.num_scheduled_tokens.tolist()), strict=True):
             found[row].append(decoder.logits(part))
         done += counts

@@ -90,8 +90,9 @@ def watching(runner: ModelRunner, *, first: int = 0, text: Sequence[int] | None 
     """Put a watch over a runner's decoder until the end of the `with` statement; see `Watch`."""
     decoder = runner.model
     watch = Watch(decoder, first, text)
+    graphs, runner.graphs = runner.graphs, None  # what was captured does not ask who stands there now
     runner.model = cast(Decoder, watch)
     try:
         yield watch
     finally:
-        runner.model = decoder
+        runner.model, runner.graphs = decoder, graphs

@@ -16,6 +16,7 @@ from ...layers.linear import Linear
 from ...llm import LLM
 from ...models.decoder import Decoder
 from ...runner import model_runner
+from ...runner.sampler import Draw
 from ...step import SchedulerOutput
 from .spans import Spans
 
@@ -23,7 +24,7 @@ __all__ = ["PARTS", "attached"]
 
 PARTS: Final = {
     "schedule": "choose who runs",
-    "gather": "rows to tokens, positions, slots",
+    "gather": "rows to the device, and there to tokens, positions, slots",
     "plan": "what all layers share: metadata, plans of attention and writes",
     "norm": "norms, with the addition before",
     "qkv": "projection",
@@ -43,6 +44,7 @@ PARTS: Final = {
 }
 """What a step is taken apart into, in its order; names that are missing here are ops, by their own names."""
 _OPS: Final = {
+    "expand_rows": "gather",
     "paged_attention_prefill": "attention of prompts",
     "paged_attention_decode": "attention of decodes",
     "plan_paged_attention": "plan",
@@ -79,16 +81,18 @@ def attached(llm: LLM, spans: Spans) -> Iterator[list[SchedulerOutput]]:
     methods: list[tuple[Any, str, str]] = [
         (scheduler, "update", "update"),
         (runner, "_apply", "gather"),
-        (runner._batch, "gather", "gather"),
-        (runner._batch, "append", "gather"),
+        (runner._batch, "upload", "gather"),
+        (runner._batch, "note", "gather"),
         (model_runner, "build_attention_metadata", "plan"),
         (runner.model, "forward", "between"),
         (runner._sampler, "prepare", "sample"),
-        (runner._sampler, "sample", "sample"),
+        (runner._sampler, "launch", "sample"),
+        (Draw, "wait", "sample"),
         (llm._texts, "process", "text"),
         (llm, "step", "rest"),
     ]
     with ExitStack() as stack:
+        stack.enter_context(_replaced(runner, "graphs", None))  # a captured step has no parts to look at
         stack.enter_context(_replaced(scheduler, "schedule", spans.wrap("schedule", noted)))
         for owner, name, part in methods:
             stack.enter_context(_replaced(owner, name, spans.wrap(part, getattr(owner, name))))

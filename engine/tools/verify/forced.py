@@ -21,7 +21,7 @@ from ...layers.attention import AttentionMetadata
 from ...models.decoder import Decoder, LayerCache
 from ...runner.kv_cache import allocate_kv_cache
 from ...runner.model_runner import ModelRunner
-from ...runner.sampler import SampledTokens, Sampler
+from ...runner.sampler import Draw, SampledTokens, Sampler
 from ...sampling_params import SamplingParams
 from ...scheduler import Scheduler
 from ...step import SchedulerOutput
@@ -97,12 +97,21 @@ class _ForcedSampler(Sampler):
     def add(self, row: int, params: SamplingParams, *, seed: int, **_others: Any) -> None:
         self.text_of[row] = seed
 
-    def sample(self, logits: torch.Tensor, rows: IntArray, positions: IntArray) -> SampledTokens:
+    def launch(self, logits: torch.Tensor, rows: IntArray, positions: IntArray) -> Draw:
         self.logits = logits
         texts = [self._texts[self.text_of[row]].token_ids for row in rows.tolist()]
         # What comes after a text's end is sampled by nobody and run by nobody.
         token_ids = [(*ids, 0)[at] for ids, at in zip(texts, positions.tolist(), strict=True)]
-        return SampledTokens(np.array(token_ids, dtype=np.int32), None, {}, None, {})
+        return cast(Draw, _ForcedDraw(torch.tensor(token_ids, dtype=torch.int32), logits.device))
+
+
+class _ForcedDraw:
+    def __init__(self, token_ids: torch.Tensor, device: torch.device) -> None:
+        self._known = token_ids
+        self.token_ids = token_ids.to(device)
+
+    def wait(self) -> SampledTokens:
+        return SampledTokens(self._known.numpy(), None, {}, None, {})
 
 
 class ForcedRun:

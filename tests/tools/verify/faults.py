@@ -91,8 +91,8 @@ def drop_eps(decoder: Decoder, name: str) -> None:
 
 def break_inputs(monkeypatch: pytest.MonkeyPatch, change: Callable[[StepInputs], StepInputs]) -> None:
     """Let the runner gather something else."""
-    gather = InputBatch.gather
-    monkeypatch.setattr(InputBatch, "gather", lambda self, step: change(gather(self, step)))
+    expand = InputBatch.expand
+    monkeypatch.setattr(InputBatch, "expand", lambda self, *step: change(expand(self, *step)))
 
 
 def give_foreign_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,12 +158,12 @@ def test_wrong_positions_are_named(monkeypatch: pytest.MonkeyPatch, check: Check
 
 
 def test_a_wrong_slot_is_named(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
-    faults.break_inputs(monkeypatch, lambda inputs: inputs._replace(slot_mapping=inputs.slot_mapping[::-1].copy()))
+    faults.break_inputs(monkeypatch, lambda inputs: inputs._replace(slot_mapping=inputs.slot_mapping.flip(0)))
     assert_named(check("alone"), "metadata", 0, "write_kv, slot_mapping")
 
 
 def test_a_wrong_block_is_named(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
-    faults.break_inputs(monkeypatch, lambda inputs: inputs._replace(block_table=np.roll(inputs.block_table, 1, axis=0)))
+    faults.break_inputs(monkeypatch, lambda inputs: inputs._replace(block_table=inputs.block_table.roll(1, 0)))
     report = check("decoding")
     assert_named(report, "metadata", 0, "paged_attention_decode, block_table")
 
