@@ -25,7 +25,7 @@ from octavo.engine.process.fake import FAKE_ENGINE
 
 from .soak_cases import Bad, Case
 
-__all__ = ["MOMENTS", "PACED_ENGINE", "WAIT_S", "Answer", "Client", "Moment", "Served", "get", "served"]
+__all__ = ["GATHERING_ENGINE", "MOMENTS", "PACED_ENGINE", "WAIT_S", "Answer", "Client", "Moment", "Served", "get", "served"]
 
 WAIT_S = 120.0
 """For what takes seconds on a machine that does nothing else."""
@@ -33,6 +33,7 @@ STEADY_HEAP = {"PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_T
 """Pools and arenas keep what was freed, and are minutes in finding their sizes: they grew by 2 MB/min after one minute
 and 0.8 after four where what was in use grew by 0.2."""
 PACED_ENGINE = "soak_server:paced_engine"
+GATHERING_ENGINE = "soak_server:gathering_engine"
 SCRIPT = Path(__file__).with_name("soak_server.py")
 Moment = Literal["connected", "headers", "body", "sent", "soon", "first", "later", "last"]
 """When a client leaves: before it has asked, in its headers or body, at once, while its prompt may be running, at the

@@ -26,6 +26,8 @@ from octavo.engine.startup import Engine
 from octavo.engine.step import ModelOutput, ModelRunner, SchedulerOutput
 
 STEP_S = 0.003
+GATHERING_STEP_S = 0.05
+NUM_STEPS_TOGETHER = 20
 
 
 class _PacedRunner:
@@ -44,6 +46,34 @@ def paced_engine(config: EngineConfig, **options: Any) -> Engine:
     """Build a fake engine that takes its time."""
     engine = fake_engine(config, **options)
     engine.core.runner = _PacedRunner(engine.core.runner)
+    return engine
+
+
+class _GatheringRunner:
+    """Takes its time until every row has run together with all others for a while: nobody is done before all are there.
+
+    Args:
+        runner: what runs.
+        num_rows: of the engine.
+    """
+
+    def __init__(self, runner: ModelRunner, num_rows: int) -> None:
+        self._runner = runner
+        self._num_rows = num_rows
+        self._num_steps_left = NUM_STEPS_TOGETHER
+
+    def execute(self, step: SchedulerOutput) -> ModelOutput:
+        """Run one step."""
+        if self._num_steps_left:
+            time.sleep(GATHERING_STEP_S)
+            self._num_steps_left -= len(step.rows) == self._num_rows
+        return self._runner.execute(step)
+
+
+def gathering_engine(config: EngineConfig, **options: Any) -> Engine:
+    """Build a fake engine that waits for its rows to be filled."""
+    engine = fake_engine(config, **options)
+    engine.core.runner = _GatheringRunner(engine.core.runner, config.scheduler.max_num_seqs)
     return engine
 
 

@@ -18,11 +18,11 @@ import pytest
 from octavo.engine.step import FinishReason
 
 from .conftest import TINY_SETTINGS
-from .soak import MOMENTS, PACED_ENGINE, WAIT_S, Client, Served, get, served
+from .soak import GATHERING_ENGINE, MOMENTS, PACED_ENGINE, WAIT_S, Client, Served, get, served
 from .soak_cases import BAD, Case, fake_case, long_case, tiny_cases
 
 FAKE = {"model": "fake", "block_size": 16, "max_model_len": 1024}
-MANY = FAKE | {"max_num_seqs": 1024, "kv_cache_tokens": 1 << 19, "max_num_batched_tokens": 8192}
+MANY = FAKE | {"kv_cache_tokens": 1 << 19, "max_num_batched_tokens": 8192}
 CHUNKED = FAKE | {"max_num_seqs": 64, "kv_cache_tokens": 1 << 13, "max_num_batched_tokens": 96, "max_model_len": 2048}
 """Prompts run in several steps."""
 LONG = 1400
@@ -67,7 +67,7 @@ def test_simultaneous_streams(count: Callable[[int, int], int], seed: int) -> No
     cases = [long_case(rng.randrange(200, 300), seed=rng.getrandbits(40)) for _ in range(num_streams)]
 
     async def main() -> None:
-        async with served(MANY) as server:
+        async with served(MANY | {"max_num_seqs": num_streams}, factory=GATHERING_ENGINE) as server:
             client, ready, most = Client(server), asyncio.Barrier(num_streams), 0
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(client.ask_together(case, ready)) for case in cases]

@@ -8,6 +8,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -26,6 +27,13 @@ NUM_TURNS = 5
 SYSTEM = "You answer in one word, unless two are better. "
 
 
+def leave(client: openai.OpenAI, text: str, **options: Any) -> None:
+    """Go away after the first words of an answer; the server may have said everything by then."""
+    stream = client.completions.create(model="fake", prompt=text, max_tokens=40, stream=True, **options)
+    next(iter(stream))
+    stream.close()
+
+
 def talk(running: Running, user: int) -> None:
     """Hold a conversation whose turns begin with all before them; now and then leave in the middle of an answer."""
     client = running.client
@@ -33,11 +41,7 @@ def talk(running: Running, user: int) -> None:
     for turn in range(NUM_TURNS):
         n, extra = 1 + (turn == 2), {"cache_salt": "own"} if user == 5 else {}
         if (user + turn) % 4 == 0:
-            stream = client.completions.create(
-                model="fake", prompt=text, max_tokens=40, seed=user, stream=True, extra_body=extra
-            )
-            next(iter(stream))
-            stream.close()
+            leave(client, text, seed=user, extra_body=extra)
             continue
         echo = {"echo": True, "logprobs": 1} if turn == 3 else {}
         stop = {"stop": list("abcdefgh")} if turn == 1 else {}
@@ -53,6 +57,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with serving(engine=SIZES) as running:
         with ThreadPoolExecutor(NUM_USERS) as pool:
             list(pool.map(lambda user: talk(running, user), range(NUM_USERS)))
+        while b'"abort"' not in get(running, "/recording").body:
+            leave(running.client, SYSTEM)
         # More than fits, whoever comes when.
         running.client.completions.create(model="fake", prompt=SYSTEM, n=8, max_tokens=100, seed=1)
         with pytest.raises(openai.BadRequestError):
