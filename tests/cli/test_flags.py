@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from .conftest import Run
 
-FILE_ONLY = {"seed", "preempt_every", "miss_prefix_cache"}
+FILE_ONLY = {"seed", "graphs", "preempt_every", "miss_prefix_cache"}
 
 
 def options_of(*words: str) -> Options:
@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[list[str], Any]] = {
     "special_in_prompts": ([], True),
     "block_size": (["16"], 16),
     "kv_cache_tokens": (["640"], 640),
+    "kv_cache_dtype": (["fp8"], "fp8"),
     "prefix_caching": ([], True),
     "gpu_memory_utilization": (["0.5"], 0.5),
     "max_num_seqs": (["3"], 3),
@@ -143,7 +144,7 @@ def test_every_flag_is_explained(octavo: Run) -> None:
     assert "--text / --jsonl" in text
     assert "--[no-]chat" in text
     assert "…" not in text
-    assert flags.FILE_ONLY == ("seed",)
+    assert flags.FILE_ONLY == ("seed", "graphs")
 
 
 TOML = """\
