@@ -174,6 +174,8 @@ class SchedulerConfig:
     """Longest prompt plus output in tokens; None: what the model and the KV pool allow."""
     policy: Literal["fcfs", "priority"] = "fcfs"
     """fcfs: in order of arrival; priority: by the requests' priority, then arrival."""
+    overlap: bool | None = None
+    """Schedule the next step while the device runs this one; None: on a GPU."""
 
     def __post_init__(self) -> None:
         _check(
@@ -187,6 +189,7 @@ class SchedulerConfig:
                 lambda v: v is None or (_is_int(v) and 1 <= v < 2**31),
             )
         _check("policy", self.policy, "fcfs, priority", lambda v: v in ("fcfs", "priority"))
+        _check_flag("overlap", self.overlap, automatic=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    overlap: bool
     weight_layout: Literal["transposed", "packed"]
     """How projections are stored; see `layers/linear.py`."""
     weight_bytes: int
@@ -220,6 +221,7 @@ def _resolve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        overlap=hardware.device == "cuda" if config.scheduler.overlap is None else config.scheduler.overlap,
         weight_layout=layout,
         weight_bytes=needs.weights,
         kv_bytes_per_token=needs.kv_token,

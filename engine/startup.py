@@ -236,4 +236,5 @@ def _limits(
         prefix_caching=config.cache.prefix_caching,
         policy=config.scheduler.policy,
         faults=config.faults,
+        max_steps_in_flight=2 if resolved.overlap else 1,
     )

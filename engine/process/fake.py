@@ -57,6 +57,7 @@ def fake_engine(config: EngineConfig, *, recorder: Recorder | None = None, **_: 
         prefix_caching=config.cache.prefix_caching,
         policy=scheduler.policy,
         faults=config.faults,
+        max_steps_in_flight=2 if scheduler.overlap else 1,
     )
     runner = FakeRunner(
         num_blocks=num_blocks,
@@ -99,6 +100,7 @@ def _resolved(limits: SchedulerLimits) -> ResolvedConfig:
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        overlap=limits.max_steps_in_flight == 2,
         weight_layout="packed",
         weight_bytes=0,
         kv_bytes_per_token=8,
