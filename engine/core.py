@@ -1,14 +1,19 @@
 """This module holds the engine's loop: schedule, execute, update. It does not know text, HTTP or which device runs.
 
+With overlap the loop is one step ahead: it hands step N + 1 to the runner before it waits for step N, so that the
+device has work while the host takes N over. Steps come back in order, one at each `step`, and what goes wrong in one
+is told when its turn has come.
+
 It is the only place where a scheduler and a runner meet. What may never be added here: a loop over requests, a tensor,
 a reading of the clock outside the injected one.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +23,29 @@ from .events import KVSnapshot
 from .request import Request
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .step import EngineOutput, Grammar, ModelRunner
+from .step import EngineOutput, Grammar, ModelOutput, ModelRunner, SchedulerOutput
+
+if TYPE_CHECKING:
+    from .step import StepHandle
 
 __all__ = ["EngineCore"]
 
 MAX_FAILED_STEPS = 3
 """Steps that may fail in a row before the engine gives up."""
+
+
+class _Interrupted(Exception):  # noqa: N818 (nothing is wrong)
+    """Ctrl-C came in the middle of a step."""
+
+
+class _Raised:
+    """The handle of a step that could not be started, or was left in the middle: what it wrote is unknown."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def wait(self) -> ModelOutput:
+        raise self._error
 
 
 class EngineCore:
@@ -50,8 +72,8 @@ class EngineCore:
         self._grammars = grammars
         self._num_failed_steps = 0
         self._num_arrived = 0
-        self._untold: list[EngineOutput] = []
-        """News of a step that was interrupted, for the next one to return."""
+        self._flights: deque[tuple[SchedulerOutput, StepHandle]] = deque()
+        """Steps that are out, in order."""
 
     def compile_grammar(self, params: SamplingParams) -> Grammar | None:
         """Compile what a request wants its output to look like; None where it wants nothing.
@@ -144,36 +166,58 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request waits or runs, or has ended in a step that was interrupted before it could say so."""
-        return self.scheduler.has_unfinished or bool(self._untold)
+        """Whether any request waits or runs, or a step is out."""
+        return self.scheduler.has_unfinished
 
     def step(self) -> list[EngineOutput]:
-        """Run one step and return the news of those sequences that have any.
+        """Hand out what may be out, take the oldest step back and return the news of those sequences that have any.
 
         Raises:
             EngineDeadError: several steps in a row have failed.
         """
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             raise EngineDeadError(f"{MAX_FAILED_STEPS} steps failed in a row, and nothing runs since")
-        untold, self._untold = self._untold, []
-        work = self.scheduler.schedule()
-        if work is None:
-            return untold
+        scheduler, flights = self.scheduler, self._flights
+        # Nothing can follow a step that the runner has never had.
+        while len(flights) < scheduler.limits.max_steps_in_flight and not (
+            flights and isinstance(flights[-1][1], _Raised)
+        ):
+            work = scheduler.schedule()
+            if work is None:
+                break
+            self._execute(work)
+        if not flights:
+            return []
+        work, handle = flights.popleft()
         try:
-            output = self.runner.execute(work).wait()
+            output = handle.wait()
         except Exception as error:
-            self._num_failed_steps += 1
-            if self._num_failed_steps >= MAX_FAILED_STEPS:
-                message = f"{MAX_FAILED_STEPS} steps failed in a row, last with {error!r}"
-                self.scheduler.fail(work, message)  # for its events: they are the last that will be known
-                raise EngineDeadError(message) from error
-            return untold + self.scheduler.fail(work, f"the step that ran this request failed: {error!r}")
+            return self._fail(work, error)
         except BaseException:
-            # Ctrl-C in the middle of a step: what it wrote is unknown, but the engine can go on with other requests.
-            self._untold = untold + self.scheduler.fail(work, "the step that ran this request was interrupted")
+            flights.appendleft((work, _Raised(_Interrupted())))
             raise
         self._num_failed_steps = 0
-        return untold + self.scheduler.update(work, output)
+        return scheduler.update(work, output)
+
+    def _execute(self, work: SchedulerOutput) -> None:
+        try:
+            handle: StepHandle = self.runner.execute(work)
+        except Exception as error:
+            handle = _Raised(error)
+        except BaseException:
+            self._flights.append((work, _Raised(_Interrupted())))
+            raise
+        self._flights.append((work, handle))
+
+    def _fail(self, work: SchedulerOutput, error: Exception) -> list[EngineOutput]:
+        if isinstance(error, _Interrupted):  # the engine can go on with other requests
+            return self.scheduler.fail(work, "the step that ran this request was interrupted")
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            message = f"{MAX_FAILED_STEPS} steps failed in a row, last with {error!r}"
+            self.scheduler.fail(work, message)  # for its events: they are the last that will be known
+            raise EngineDeadError(message) from error
+        return self.scheduler.fail(work, f"the step that ran this request failed: {error!r}")
 
 
 def _checked_tokens(token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int32]:

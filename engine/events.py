@@ -5,8 +5,9 @@ Everything that is shown of a run (metrics, explanations, traces, the live view)
 of it agrees. Times are seconds of the engine's clock, `time.monotonic`, which all processes of a machine share.
 
 Events come in this order: what happens to sequences while step N is scheduled, step N itself, then the ends of the
-sequences that it finished. So whoever reads along knows the owner of every row of a step: the sequence that was last
-ADMITTED to it.
+sequences that it finished. So whoever reads along knows the owner of every row of a step that got a token: the sequence
+that was last ADMITTED to it. Where two steps overlap, what happens while N + 1 is scheduled comes before N, and the
+owner of any row of N is who was last ADMITTED to it in N or before.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Moment(StrEnum):
     """After one step was over and before the next was scheduled."""
     FLIGHT = "flight"
     """While a step was out."""
+    FLIGHTS = "flights"
+    """While two were."""
     UPDATE = "update"
     """As the output of a step was taken over: a stop token, a limit, a failure."""
 
@@ -82,7 +85,8 @@ class RequestEvent(NamedTuple):
     time_s: float
     step: int
     """ADMITTED: the first step it runs in; PREEMPTED: the first it does not; FINISHED: the last that was handed out, so
-    the last it may have run in, or -1; ARRIVED, WAITS: the next to be handed out."""
+    the last it may have run in, or -1, but at the moment UPDATE the one whose output ended it; ARRIVED, WAITS: the next
+    to be handed out."""
     request_id: str
     choice: int
     """Which of the n choices."""
@@ -138,6 +142,8 @@ class StepEvent(NamedTuple):
     kin: tuple[int, ...] = ()
     """Blocks that became full of output which somebody else had before, as (serial, other serial, first, end) after one
     another; see `RequestEvent.kin`."""
+    num_wasted_tokens: int = 0
+    """Sampled by rows that had been left by then."""
 
 
 class BlockState(IntEnum):

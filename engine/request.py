@@ -129,6 +129,8 @@ class RowTable:
         self.token_ids: Int32Array = np.empty((max_num_seqs, max_model_len), dtype=np.int32)
         self.num_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_computed_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_ahead: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
+        """By row: `num_computed_tokens` once the steps that are out are back."""
         self.num_prompt_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
         self.max_num_tokens: Int32Array = np.zeros(max_num_seqs, dtype=np.int32)
         self.streams: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
@@ -150,7 +152,7 @@ class RowTable:
         num_tokens = len(request.token_ids)
         self.token_ids[row, :num_tokens] = request.token_ids
         self.num_tokens[row] = num_tokens
-        self.num_computed_tokens[row] = num_computed_tokens
+        self.num_computed_tokens[row] = self.num_ahead[row] = num_computed_tokens
         self.num_prompt_tokens[row] = request.num_prompt_tokens
         self.max_num_tokens[row] = request.max_num_tokens
         self.streams[row] = request.stream
@@ -160,6 +162,13 @@ class RowTable:
         request.row = row
         request.status = RequestStatus.RUNNING
         return row
+
+    def num_tokens_ahead(self, rows: npt.NDArray[np.integer]) -> Int32Array:
+        """Return how many tokens rows have once the steps that are out are back: a row that has run all it has samples
+        one more.
+        """
+        num_tokens: Int32Array = np.maximum(self.num_tokens[rows], self.num_ahead[rows] + 1)
+        return num_tokens
 
     def append(self, rows: npt.NDArray[np.integer], token_ids: Int32Array) -> npt.NDArray[np.bool_]:
         """Append one sampled token to each row.

@@ -119,9 +119,9 @@ def _write_recording(path: Path, llm: LLM, ring: EventRing) -> None:
     """Write a run down, with what its schedule depended on."""
     from ..observe.recording import dumps, schedule_facts
 
-    limits, config = llm.engine.core.scheduler.limits, llm.engine.config
+    limits, config, resolved = llm.engine.core.scheduler.limits, llm.engine.config, llm.engine.resolved
     sizes = ("vocab_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size")
-    facts = {name: getattr(limits, name) for name in sizes} | schedule_facts(config)
+    facts = {name: getattr(limits, name) for name in sizes} | schedule_facts(config, overlap=resolved.overlap)
     write_output(path, dumps(ring, {"model": Path(config.model).name, **facts}).decode())
 
 

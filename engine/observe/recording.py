@@ -8,8 +8,8 @@ needs no other document. Three things are short because they repeat:
     num_scheduled_tokens    a number where every row ran so many
     sampled                 null where every row got a token
 
-Version 2 holds all that the schedule depended on, so that it can be run again (`octavo.engine.tools.replay`). Files of
-version 1 lack the fields that came with it, and are read with their defaults.
+Version 2 holds all that the schedule depended on, so that it can be run again (`octavo.engine.tools.replay`), version 3
+whether steps overlap and what was sampled in vain. Files of older versions are read with defaults for what they lack.
 
 Blocks are runs [count, state, count, state, ...] over blocks 1 to num_blocks, states as in `BlockState`. Times are
 seconds, rounded to microseconds.
@@ -45,10 +45,10 @@ __all__ = [
     "to_json",
 ]
 
-VERSION = 2
+VERSION = 3
 STEP_FIELDS = StepEvent._fields
 EVENT_FIELDS = RequestEvent._fields
-_NUM_FIELDS = {1: (12, 10), VERSION: (len(STEP_FIELDS), len(EVENT_FIELDS))}
+_NUM_FIELDS = {1: (12, 10), 2: (14, 14), VERSION: (len(STEP_FIELDS), len(EVENT_FIELDS))}
 """By version: how many fields of a step and of an event there are."""
 _STEP_TIMES = ("start_s", "execute_s", "update_s", "end_s")
 _DETAILS: dict[EventKind, tuple[str, ...]] = {
@@ -75,13 +75,19 @@ class Recording(NamedTuple):
     """Of the form it was written in."""
 
 
-def schedule_facts(config: EngineConfig) -> Json:
-    """Return the settings, beside sizes, that a schedule depends on, as facts of a recording."""
+def schedule_facts(config: EngineConfig, *, overlap: bool) -> Json:
+    """Return the settings, beside sizes, that a schedule depends on, as facts of a recording.
+
+    Args:
+        config: the settings.
+        overlap: see `ResolvedConfig`.
+    """
     return {
         "prefix_caching": config.cache.prefix_caching,
         "policy": config.scheduler.policy,
         "preempt_every": config.faults.preempt_every,
         "miss_prefix_cache": config.faults.miss_prefix_cache,
+        "overlap": overlap,
     }
 
 
@@ -106,6 +112,7 @@ def step_rows(steps: Iterable[StepEvent]) -> list[list[Any]]:
                 event.failed,
                 event.num_cache_resets,
                 event.kin,
+                event.num_wasted_tokens,
             ]
         )
         before = event.rows
@@ -245,6 +252,7 @@ def _steps(rows: Sequence[Any], fields: Sequence[str]) -> Iterable[StepEvent]:
         _text(f"{where}.failed", values["failed"])
         _int(f"{where}.num_cache_resets", values.setdefault("num_cache_resets", 0), 0, _MAX_TOKENS)
         values["kin"] = _kin(f"{where}.kin", values.get("kin", []), 4)
+        _int(f"{where}.num_wasted_tokens", values.setdefault("num_wasted_tokens", 0), 0, _MAX_TOKENS)
         before = StepEvent(**values)
         yield before
 
@@ -266,7 +274,7 @@ def _event(where: str, row: Any, fields: Sequence[str]) -> RequestEvent:
     if values["detail"] not in _DETAILS.get(values["kind"], ("",)):
         _refuse(f"{where}.detail", values["detail"], "a reason of its kind")
     if values.get("moment", "") not in list(Moment):
-        _refuse(f"{where}.moment", values["moment"], "'', flight, update")
+        _refuse(f"{where}.moment", values["moment"], "'', flight, flights, update")
     values["moment"] = Moment(values.get("moment", ""))
     _int(f"{where}.serial", values.setdefault("serial", -1), -1, _MAX_TOKENS)
     _int(f"{where}.priority", values.setdefault("priority", 0), -(1 << 63), 1 << 63)

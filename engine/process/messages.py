@@ -216,6 +216,7 @@ class EngineInfo:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    overlap: bool
     num_blocks: int
     block_size: int
     eos_token_ids: tuple[int, ...]
@@ -250,6 +251,7 @@ def engine_info(engine: Engine, pid: int) -> EngineInfo:
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        overlap=resolved.overlap,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
         eos_token_ids=tuple(sorted(limits.eos_token_ids)),

@@ -93,7 +93,7 @@ class Admission:
         order, kv = self._order, self._kv
         if len(order) == 0:
             return kv.pool.num_free
-        wanted = self._rows.num_tokens[order] + 1
+        wanted = self._rows.num_tokens_ahead(order) + 1
         wanted -= kv.capacity[order]
         wanted += kv.block_size - 1
         np.maximum(wanted, 0, out=wanted)

@@ -23,6 +23,8 @@ class Steady(NamedTuple):
     rows: Int32Array
     counts: Int32Array
     sampled: Int32Array
+    end_step: int
+    """The first step that it is not for, as one of the rows samples its last token in the step before."""
 
 
 class NewBlocks:
@@ -45,26 +47,27 @@ def to_int32(values: list[int]) -> Int32Array:
     return np.array(values, dtype=np.int32) if values else _NO_INT32
 
 
-def steady_batch(order: IndexArray) -> Steady:
+def steady_batch(order: IndexArray, end_step: int) -> Steady:
     """Return the batch in which every running row decodes one token."""
     num_seqs = len(order)
-    return Steady(order.astype(np.int32), np.ones(num_seqs, dtype=np.int32), np.arange(num_seqs, dtype=np.int32))
+    ones = np.ones(num_seqs, dtype=np.int32)
+    return Steady(order.astype(np.int32), ones, np.arange(num_seqs, dtype=np.int32), end_step)
 
 
 def split_budget(todo: Int32Array, budget: int) -> Int32Array:
     """Split a token budget: rows that are one token behind first, the others in order with what is left.
 
     Args:
-        todo: [num_running] tokens each row is behind; at least 1.
+        todo: [num_running] tokens each row is behind; 0 where it is not.
         budget: tokens of the step; at least the number of rows.
 
     Returns:
         [num_running] int32 tokens to run, 0 where the budget did not reach.
     """
-    counts = np.ones_like(todo)
+    counts = np.minimum(todo, 1)
     behind = np.flatnonzero(todo > 1)
     wanted = todo[behind]
-    left = budget - (len(todo) - len(behind))
+    left = budget - (np.count_nonzero(counts) - len(behind))
     before = np.cumsum(wanted) - wanted
     counts[behind] = np.clip(left - before, 0, wanted)
     return counts

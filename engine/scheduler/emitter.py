@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,9 @@ from .block_owners import BlockOwners
 from .kv_cache_manager import KVCacheManager
 
 __all__ = ["Emitter"]
+
+_MOMENTS = (Moment.BETWEEN, Moment.FLIGHT, Moment.FLIGHTS)
+"""By the number of steps that are out."""
 
 
 class Emitter:
@@ -33,11 +37,16 @@ class Emitter:
         self._pool = kv.pool
         self._owners = BlockOwners(kv)
         self._kin: list[int] = []
-        self._num_resets = self._num_resets_before = 0
-        self._start_s = self._execute_s = self._update_s = 0.0
-        self._moment = Moment.BETWEEN
+        self._num_resets = 0
+        self._start_s = self._update_s = 0.0
+        self._flights: deque[tuple[float, float, int]] = deque()
+        """Of each step that is out: when it began, when it was handed out, and how often the cache was emptied."""
+        self._landing = -1
+        """The step whose output is taken over, or -1."""
+        self._may_tell_ends = True
         self._ends: list[RequestEvent] = []
-        """Of sequences that ended while a step was out: told after it, since it may have run them."""
+        """Of sequences that ended after a step was handed out and before one is over: told after that, as it may have
+        run them."""
 
     def arrived(self, request: Request, step: int) -> None:
         """Tell that a sequence was queued."""
@@ -91,14 +100,14 @@ class Emitter:
         self._recorder.on_request(event)
 
     def finished(self, request: Request, step: int, row: int, num_tokens: int) -> None:
-        """Tell that a sequence has ended, or do so once the step that is out is over."""
+        """Tell that a sequence has ended, or do so once the next step is over."""
         time_s, reason = request.finish_time_s, request.status.finish_reason
         assert time_s is not None, f"{request.request_id} has not ended"
         assert reason is not None, f"{request.request_id} is {request.status.name}"
         event = RequestEvent(
             EventKind.FINISHED,
             time_s,
-            step,
+            step if self._landing < 0 else self._landing,
             request.request_id,
             request.index,
             row,
@@ -107,10 +116,10 @@ class Emitter:
             moment=self._moment,
         )
         self._owners.leave(request)
-        if self._moment != Moment.BETWEEN:
-            self._ends.append(event)
-        else:
+        if self._may_tell_ends:
             self._recorder.on_request(event)
+        else:
+            self._ends.append(event)
 
     def filled(self, request: Request) -> None:
         """Note that a block of a running sequence has become full."""
@@ -123,17 +132,19 @@ class Emitter:
 
     def begin(self) -> None:
         """Note that scheduling begins."""
+        self._tell_ends()  # their rows may be given away now
         self._start_s = self._clock()
 
     def handed_out(self) -> None:
         """Note that the runner gets the step."""
-        self._moment = Moment.FLIGHT
-        self._num_resets_before, self._num_resets = self._num_resets, 0
-        self._execute_s = self._clock()
+        self._may_tell_ends = False
+        self._flights.append((self._start_s, self._clock(), self._num_resets))
+        self._num_resets = 0
 
-    def landed(self) -> None:
-        """Note that the step is back, with or without its output."""
-        self._moment = Moment.UPDATE
+    def landed(self, step: int) -> None:
+        """Note that a step is back, with or without its output."""
+        self._landing = step
+        self._may_tell_ends = False
         self._update_s = self._clock()
 
     def ended(
@@ -142,6 +153,7 @@ class Emitter:
         sampled: npt.NDArray[np.int32],
         num_waiting: int,
         failed: str = "",
+        num_wasted: int = 0,
     ) -> None:
         """Tell of a step that is over, then of the sequences that ended with it.
 
@@ -150,12 +162,13 @@ class Emitter:
             sampled: positions in its rows of those that got a token.
             num_waiting: sequences in the queue.
             failed: why it failed, if it did.
+            num_wasted: tokens that were sampled for nobody.
         """
-        recorder = self._recorder
+        start_s, execute_s, num_resets = self._flights.popleft()
         event = StepEvent(
             work.step,
-            self._start_s,
-            self._execute_s,
+            start_s,
+            execute_s,
             self._update_s,
             self._clock(),
             work.rows,
@@ -165,13 +178,21 @@ class Emitter:
             self._pool.num_free,
             self._pool.num_cached,
             failed,
-            self._num_resets_before,
+            num_resets,
             tuple(self._kin),
+            num_wasted,
         )
-        recorder.on_step(event)
+        self._recorder.on_step(event)
         self._kin.clear()
-        self._moment = Moment.BETWEEN
-        if self._ends:
-            for end in self._ends:
-                recorder.on_request(end)
-            self._ends.clear()
+        self._landing = -1
+        self._tell_ends()
+
+    def _tell_ends(self) -> None:
+        self._may_tell_ends = True
+        for end in self._ends:
+            self._recorder.on_request(end)
+        self._ends.clear()
+
+    @property
+    def _moment(self) -> Moment:
+        return Moment.UPDATE if self._landing >= 0 else _MOMENTS[len(self._flights)]

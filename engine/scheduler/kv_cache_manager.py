@@ -17,6 +17,20 @@ Who owns what, over the tokens of one running row (every interval is half open, 
 A table only grows. A row's blocks are given back all at once, last block first, when it finishes or is preempted; those
 that are cached can be found by anyone, itself included, until the pool hands them out again.
 
+Prefix caching by an example, with blocks of 4 tokens and A, B, C asking the same 10 tokens:
+
+1. A is admitted. Nothing is cached: its two full blocks [0, 4) and [4, 8) are announced as pending. Blocks 1, 2, 3.
+2. B is next, and its first missing block is pending: it waits, and so does everybody behind it, for A's step.
+3. update: A has computed 10 tokens. Blocks 1 and 2 enter the cache; block 3 holds [8, 10) and is not full.
+4. B and C are admitted with the table [1, 2] and a hit of 8. Blocks 1 and 2 have 3 references. Each gets a block of its
+   own for the rest, and runs 2 tokens.
+5. A samples two more tokens and runs them: block 3 now holds [8, 12), is full, and enters the cache under a name that
+   includes the two outputs. If B has sampled the same two, its own copy is not entered: the first one wins.
+6. A finishes. Blocks 3, 2, 1 lose a reference in this order. Block 3 is free but can still be found: the next turn of
+   the same conversation starts with all twelve tokens.
+7. D needs a block and only cached ones are free. 3 was freed first and is taken first, so what is lost is the end of a
+   prefix and not its beginning.
+
 What may never be added here: work per step that grows with the length of a sequence. Only admission and release may
 walk a table.
 """

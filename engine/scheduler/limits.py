@@ -34,6 +34,8 @@ class SchedulerLimits:
     prefix_caching: bool = True
     policy: Literal["fcfs", "priority"] = "fcfs"
     faults: FaultConfig = field(default_factory=FaultConfig)
+    max_steps_in_flight: Literal[1, 2] = 1
+    """2: the next step is scheduled while the device runs one."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -79,3 +81,5 @@ class SchedulerStats:
     """Run so far, by rows that ran more than one in their step."""
     num_output_tokens: int
     """Sampled so far, by sequences that were still there and did not fail."""
+    num_wasted_tokens: int
+    """Sampled in vain: the sequence had ended or been preempted while the step was out."""

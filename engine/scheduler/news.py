@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from ..request import Request, RowTable
-from ..step import EngineOutput, ModelOutput, RequestMetrics, SchedulerOutput
+from ..step import EngineOutput, ModelOutput, RequestMetrics
+from .flights import Flight
 
 __all__ = ["keep_extras", "last_news", "news"]
 
 
-def keep_extras(table: RowTable, rows: npt.NDArray[np.intp], work: SchedulerOutput, output: ModelOutput) -> None:
+def keep_extras(table: RowTable, flight: Flight, output: ModelOutput) -> None:
     """Keep the log-probabilities and hidden states of a step with their requests until their next news.
 
     Args:
-        table: rows that were released since the step began have no request in it.
-        rows: [num_seqs] the step's rows.
-        work: the step.
+        table: the rows' requests.
+        flight: the step.
         output: what it computed.
     """
+    work, rows, left = flight.work, flight.rows, flight.left
+
+    def owner(row: int) -> Request | None:
+        return None if row in left else table.request(row)
+
     for place, entry in output.logprobs.items():
-        request = table.requests[rows[work.sampled[place]]]
-        if request is not None:
+        if (request := owner(int(rows[work.sampled[place]]))) is not None:
             request.logprobs.append(entry)
     for place, states in output.hidden_states.items():
-        request = table.requests[rows[work.sampled[place]]]
-        if request is not None:
+        if (request := owner(int(rows[work.sampled[place]]))) is not None:
             request.hidden_states.append(states)
     for row, entries in output.prompt_logprobs.items():
-        request = table.requests[row]
-        if request is not None and entries:
+        if (request := owner(row)) is not None and entries:
             # A resumed row computes positions again whose entries it already has.
             start = int(work.num_computed_tokens[np.flatnonzero(rows == row)[0]])
             num_known = len(request.prompt_logprobs) - start

@@ -168,4 +168,4 @@ def _facts(context: Context) -> dict[str, Any]:
     info = context.llm.info
     names = ("vocab_size", "num_layers", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
     facts = {name: getattr(info, name) for name in (*names, "num_blocks", "block_size", "dtype", "device", "backend")}
-    return {"model": context.model_names[0], **facts, **schedule_facts(info.config)}
+    return {"model": context.model_names[0], **facts, **schedule_facts(info.config, overlap=info.overlap)}

@@ -86,7 +86,7 @@ def test_it_works_while_the_request_waits_and_runs() -> None:
     assert any("Has been queued for" in sentence for sentence in second["sentences"])
     assert explain(ring, "nobody") is None
     much_later = explain(ring, "second", now_s=1000.0)["choices"][0]
-    assert much_later["queued_s"] == pytest.approx(1000.0 - core.scheduler._requests["second"][0].arrival_time_s)
+    assert much_later["queued_s"] == pytest.approx(1000.0 - core.scheduler.requests["second"][0].arrival_time_s)
 
 
 def test_it_says_it_in_words() -> None:

@@ -136,8 +136,8 @@ def test_what_is_no_recording(text: bytes, what: str) -> None:
 
 def test_an_unknown_version_and_a_gap_are_named(small_recording: bytes) -> None:
     document = json.loads(small_recording)
-    with pytest.raises(ConfigError, match=r"octavo_recording is 3; allowed: 1, 2"):
-        recording.loads(json.dumps(document | {"octavo_recording": 3}))
+    with pytest.raises(ConfigError, match=r"octavo_recording is 4; allowed: 1, 2, 3"):
+        recording.loads(json.dumps(document | {"octavo_recording": 4}))
     del document["steps"][1]
     with pytest.raises(ConfigError, match=r"steps\[1\].step is 2; allowed: 1"):
         recording.loads(json.dumps(document))

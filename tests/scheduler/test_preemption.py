@@ -118,7 +118,7 @@ def test_the_block_a_row_takes_next_is_not_given_to_a_new_one(num_blocks: int, s
     step(scheduler)
     scheduler.add([make_request("b", 23, max_tokens=1)])
     step(scheduler)
-    assert ("b" in scheduler._requests) != starts, "a has 8 tokens in 2 blocks and needs a third; b needs six"
+    assert ("b" in scheduler.requests) != starts, "a has 8 tokens in 2 blocks and needs a third; b needs six"
     run_out(scheduler)
     assert scheduler.stats.num_preemptions == 0
 

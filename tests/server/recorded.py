@@ -76,7 +76,7 @@ def record() -> bytes:
             shown_s = runner.now_s
             ring.on_snapshot(core.snapshot())
     names = ("num_blocks", "block_size", "max_num_seqs", "max_model_len", "max_num_batched_tokens", "vocab_size")
-    facts = {name: getattr(LIMITS, name) for name in names} | recording.schedule_facts(EngineConfig())
+    facts = {name: getattr(LIMITS, name) for name in names} | recording.schedule_facts(EngineConfig(), overlap=False)
     return recording.dumps(ring, {"model": "fake", **facts})
 
 

@@ -68,13 +68,19 @@ class Invariants:
         check("I7", short[: work.num_decodes].all() and not short[work.num_decodes :].any(), "decodes are not first")
         check("I7", counts[short].sum() == work.num_decode_tokens, "decode tokens are miscounted")
         ends = work.num_computed_tokens + counts
-        num_tokens = scheduler.rows.num_tokens[rows]
+        # What the device has, tokens that it alone knows included.
+        known = self._runner.num_tokens.copy()
+        for new in work.new_sequences:
+            known[new.row] = len(new.token_ids)
+        num_tokens = known[rows]
         check("I7", (ends <= num_tokens).all(), "a row runs tokens it does not have")
+        check("I7", (ends < scheduler.rows.max_num_tokens[rows]).all(), "a row runs past its end")
         check("I7", np.flatnonzero(ends == num_tokens).tolist() == work.sampled.tolist(), "the wrong rows sample")
         check("I4", (ends <= scheduler.kv.capacity[rows]).all(), "a table does not cover what runs")
         if oldest is not None:
             check("I10", oldest.row >= 0, f"{oldest.request_id}, the oldest, was preempted")
-            check("I10", oldest.row in rows, f"{oldest.request_id}, the oldest, stands still")
+            stands_still = oldest.row not in rows and known[oldest.row] < oldest.max_num_tokens
+            check("I10", not stands_still, f"{oldest.request_id}, the oldest, stands still")
         for new in work.new_sequences:
             self._check_admission(new.row)
 

@@ -181,9 +181,9 @@ def _oldest_preempted(patch: Patch) -> None:
     give_blocks = Scheduler._give_blocks
 
     def preempts_the_oldest(self: Scheduler, short: Any, ends: Any, counts: Any, blocks: Any) -> Any:
-        if self.kv.pool.num_free == 0 and len(self._order) > 1:
-            self._preempt(int(self._order[0]))
-            self._drop_released()
+        if self.kv.pool.num_free == 0 and len(self.order) > 1:
+            self._preempt(int(self.order.rows[0]))
+            self.order.drop_released()
             return self._schedule_running(blocks)
         return give_blocks(self, short, ends, counts, blocks)
 

@@ -46,6 +46,8 @@ class Scenario:
     num_steps: int
     """Steps with arrivals and faults, before the drain."""
     faults: frozenset[str]
+    overlap: bool = False
+    """Whether a step is scheduled while the one before it runs."""
 
     @classmethod
     def from_seed(cls, seed: int) -> Scenario:

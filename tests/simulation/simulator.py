@@ -47,13 +47,34 @@ class Failure:
         return f"{self.scenario.command()}\n  step {self.step}: {self.error!r}"
 
 
+class _LateOutput:
+    """The output of a step, to be had once and in its turn."""
+
+    def __init__(self, runner: _WatchedRunner, output: ModelOutput, *, fails: bool) -> None:
+        self._runner = runner
+        self._output = output
+        self._fails = fails
+
+    def wait(self) -> ModelOutput:
+        self._runner.take(self)
+        if self._fails:
+            raise InjectedError("told to fail after all was launched")
+        return self._output
+
+
 class _WatchedRunner:
     """Stands between core and runner, sees every step, and lets things happen while the device is busy."""
 
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
+        self._out: list[_LateOutput] = []
 
-    def execute(self, step: SchedulerOutput) -> ModelOutput:
+    def take(self, output: _LateOutput) -> None:
+        """Take note that a step is waited for."""
+        if not self._out or self._out.pop(0) is not output:
+            self._simulation.broken = Violation("I7", "a step is waited for out of turn")
+
+    def execute(self, step: SchedulerOutput) -> _LateOutput:
         try:
             return self._watch(step)
         except InjectedError:
@@ -63,18 +84,21 @@ class _WatchedRunner:
             self._simulation.broken = error
             raise
 
-    def _watch(self, step: SchedulerOutput) -> ModelOutput:
+    def _watch(self, step: SchedulerOutput) -> _LateOutput:
         simulation = self._simulation
+        check("I7", len(self._out) < simulation.limits.max_steps_in_flight, "too many steps are out")
         simulation.invariants.check_work(step, simulation.oldest)
-        simulation.inject_into(step)
+        simulation.oldest = None  # where a second step is handed out, somebody else may have become the oldest
+        fails_late = simulation.inject_into(step)
         written = simulation.runner.fail_next != "before"
         try:
             output = simulation.runner.execute(step)
         finally:
             if written:
                 simulation.invariants.check_writes(step)
+        self._out.append(_LateOutput(self, output, fails=fails_late))
         simulation.while_in_flight()
-        return output
+        return self._out[-1]
 
 
 class Simulation:
@@ -100,9 +124,10 @@ class Simulation:
             faults=FaultConfig(
                 preempt_every=rng.randint(1, 7) if "preempt" in faults else 0, miss_prefix_cache="miss" in faults
             ),
+            max_steps_in_flight=2 if scenario.overlap else 1,
         )
         self.now = 0.0
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.limits.max_steps_in_flight)
         self.scheduler = Scheduler(self.limits, lambda: self.now, self.ledger)
         self.runner = FakeRunner(
             num_blocks=scenario.num_blocks,
@@ -201,6 +226,7 @@ class Simulation:
             "prefix_cache_hits": ledger.num_cached_tokens,
             "prefix_cache_queries": ledger.num_looked_up_tokens,
             "num_output_tokens": sum(account.num_sampled for account in accounts.values()),
+            "num_wasted_tokens": ledger.num_wasted_tokens,
         }
         for name, value in sums.items():
             check("I13", getattr(stats, name) == value, f"{name} is {getattr(stats, name)}, by the events {value}")
@@ -292,7 +318,7 @@ class Simulation:
         if self._strikes("shutdown", 0.004):
             for request_id in list(self.alive):
                 self._abort(request_id)
-            check("I11", not self.core.has_unfinished, "requests are left after all were aborted")
+            check("I11", not self.scheduler.requests, "requests are left after all were aborted")
         if self._strikes("reset", 0.02):
             self.scheduler.reset_prefix_cache()
         if self._strikes("clock", 0.02):
@@ -337,8 +363,8 @@ class Simulation:
         else:
             check("I11", False, f"a request with a wrong {param} was taken")
 
-    def inject_into(self, step: SchedulerOutput) -> None:
-        """Let the device fail in this step: all of it, or single rows."""
+    def inject_into(self, step: SchedulerOutput) -> bool:
+        """Let the device fail in this step: all of it, or single rows; return whether nobody shall see it yet."""
         rows = step.rows.tolist()
         if self._strikes("nan", 0.05) and len(step.sampled):
             row = rows[self._rngs["nan"].choice(step.sampled.tolist())]
@@ -347,11 +373,16 @@ class Simulation:
         if self._strikes("raise", 0.03) and self._num_failed_in_a_row < 2:
             self._num_failed_in_a_row += 1
             self.runner.nan_rows = set()
-            self.runner.fail_next = self._rngs["raise"].choice(("before", "after"))
+            moments = ("before", "after", "late") if self.scenario.overlap else ("before", "after")
+            when = self._rngs["raise"].choice(moments)
             for row in rows:
                 self.invariants.sequence(self.scheduler.rows.request(row)).may_fail = True
+            if when == "late":
+                return True
+            self.runner.fail_next = when
         else:
             self._num_failed_in_a_row = 0
+        return False
 
     def while_in_flight(self) -> None:
         """Let users come and go while the device computes: its output is late for some of them."""

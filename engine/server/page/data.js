@@ -3,7 +3,7 @@
 import { count, duration, some } from "./dom.js";
 import { MAX_WINDOW_S } from "./run.js";
 
-const VERSIONS = [1, 2];
+const VERSIONS = [1, 2, 3];
 // Chunks between two waits that are shown one by one.
 const MAX_CHUNK_ROWS = 6;
 

@@ -302,8 +302,8 @@ class Simulation:
         self._num_gaps.extend([num_seqs] * num_steps)
         self._num_steps += num_steps
         self._num_row_steps += num_steps * num_seqs
-        table.num_computed_tokens[rows] += num_steps
-        table.num_tokens[rows] += num_steps
+        for counter in (table.num_computed_tokens, table.num_ahead, table.num_tokens):
+            counter[rows] += num_steps
 
     def _moment(self, until_s: float) -> None:
         """Note for the timeline what the scheduler holds, up to a time before which that does not change."""
