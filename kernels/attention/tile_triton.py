@@ -190,5 +190,5 @@ def check_supported(q: Tensor, k_cache: Tensor, out: Tensor | None) -> None:
         raise ValueError(f"head_dim is {head_dim}; the triton backend takes {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}")
     for name, x in (("q", q), ("out", out)):
         # Only rows may lie apart, as in a view into a fused projection.
-        if x is not None and x.numel() and not x[0].is_contiguous():
+        if x is not None and x.numel() and (x.stride(2) != 1 or (x.stride(1) != head_dim and x.shape[1] > 1)):
             raise ValueError(f"{name} has strides {x.stride()}; the triton backend needs contiguous rows")

@@ -61,7 +61,7 @@ def check_rows(
     for name, (x, shape) in given.items():
         check_shape(name, x, shape)
         check_dtype(name, x, torch.int32)
-        check_side_by_side(**{name: x})
+    check_side_by_side(**{name: x for name, (x, _) in given.items()})
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be above 0")
     if not 0 <= num_columns <= width:
@@ -71,7 +71,7 @@ def check_rows(
         for name, x, shape, dtype in zip(out._fields, out, shapes, _DTYPES, strict=True):
             check_shape(f"out.{name}", x, shape)
             check_dtype(f"out.{name}", x, dtype)
-            check_side_by_side(**{f"out.{name}": x})
+        check_side_by_side(**{f"out.{name}": x for name, x in out._asdict().items()})
 
 
 def expand_rows(
