@@ -45,6 +45,7 @@ def build_attention_metadata(
             shared = find_shared_prefixes(table, seq_lens, query_lens, block_size)
         cu_seqlens_q = inputs.cu_seqlens_q[: stop + 1] if op == "decode" else inputs.cu_seqlens_prefill
         block_table = inputs.block_table[start:stop, :num_columns]
+        splits = -(-seq_lens // SPLIT_TOKENS)
         plan = plan_paged_attention(
             cu_seqlens_q,
             inputs.seq_lens[start:stop],
@@ -56,7 +57,8 @@ def build_attention_metadata(
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             block_size=block_size,
-            max_splits=int((-(-seq_lens // SPLIT_TOKENS)).sum()),
+            max_splits=int(splits.sum()),
+            max_parts=int((splits * query_lens)[splits > 1].sum()),
             invariant=invariant,
             shared=shared,
         )

@@ -91,7 +91,7 @@ class ModelRunner:
             sampled_rows=uploaded.sampled_rows,
             logits=logits,
             prompt_logprobs=self._prompt_logprobs.launch(step, hidden, self.model.logits),
-            states=dict(self._hidden_states(step, capture, captured)),
+            states=dict(self._hidden_states(step, capture, captured)) if capture else {},
         )
         before, self._latest = self._latest, launched
         if before is None or before.is_done or not self._sampler.needs_host(rows):

@@ -63,6 +63,8 @@ class PromptLogprobs:
         Returns:
             What waits for it: an entry for each prompt token that this step's positions predict, by row.
         """
+        if not self._wanted:
+            return dict
         parts: list[tuple[int, HostCopy, npt.NDArray[np.bool_]]] = []
         starts = np.cumsum(step.num_scheduled_tokens) - step.num_scheduled_tokens
         for row, (num_top, num_prompt_tokens) in list(self._wanted.items()):
