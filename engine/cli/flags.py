@@ -30,7 +30,7 @@ __all__ = ["Options", "own_options", "parameter_from_text", "with_fields", "with
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
-FILE_ONLY = ("seed", "graphs")
+FILE_ONLY = ("seed", "graphs", "overlap")
 """Settings that, besides faults, only octavo.toml has: `--seed` is a request's, and a server has enough flags."""
 _PARTS: Mapping[str, tuple[type, str]] = {
     "": (EngineConfig, "Model and device"),

@@ -204,6 +204,7 @@ class Metrics:
         series["inter_token_latency_seconds"].histogram().add_all(latencies.gaps_s)
         event, now_s = pending[-1]
         series["kv_cache_usage_perc"].set(1 - event.num_free_blocks / self._num_blocks)
+        series["num_wasted_tokens"].add(sum(event.num_wasted_tokens for event, _ in pending))
         series["num_failed_steps"].add(sum(bool(event.failed) for event, _ in pending))
         self._num_steps += num_steps
         at_s = np.array([now_s for _, now_s in pending])
@@ -272,6 +273,7 @@ def _engine_series(prefix: str, max_model_len: int) -> dict[str, Series]:
         "prompt_tokens_cached": "Those of them that were found in the prefix cache.",
         "generation_tokens": "Tokens sampled.",
         "num_failed_steps": "Steps that raised.",
+        "num_wasted_tokens": "Tokens sampled in vain: by sequences that had ended or been preempted meanwhile.",
     }
     seconds = {
         "time_to_first_token_seconds": ("From arrival to the first token.", FIRST_TOKEN_EDGES),

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from .conftest import Run
 
-FILE_ONLY = {"seed", "graphs", "preempt_every", "miss_prefix_cache"}
+FILE_ONLY = {"seed", "graphs", "overlap", "preempt_every", "miss_prefix_cache"}
 
 
 def options_of(*words: str) -> Options:
@@ -144,7 +144,7 @@ def test_every_flag_is_explained(octavo: Run) -> None:
     assert "--text / --jsonl" in text
     assert "--[no-]chat" in text
     assert "…" not in text
-    assert flags.FILE_ONLY == ("seed", "graphs")
+    assert flags.FILE_ONLY == ("seed", "graphs", "overlap")
 
 
 TOML = """\

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
-from octavo.engine.request import Request
+from octavo.engine.request import Request, RowTable
 from octavo.engine.scheduler import BlockPool, KVCacheManager, Scheduler, kv_cache_manager
 from octavo.engine.scheduler.batch import NewBlocks
 from octavo.engine.scheduler.block_pool import NULL_BLOCK, CachedBlock
+from octavo.engine.scheduler.flights import Flight, Flights
 from octavo.engine.scheduler.kv_cache_manager import Prefix
-from octavo.engine.step import EngineOutput
+from octavo.engine.step import EngineOutput, ModelOutput, SchedulerOutput
 
-__all__ = ["PLANTED", "Bug"]
+__all__ = ["PLANTED", "PLANTED_IN_OVERLAP", "Bug"]
 
 Patch = pytest.MonkeyPatch
 
@@ -197,6 +199,87 @@ def _output_lost(patch: Patch) -> None:
     )
 
 
+def _token_out_counted_twice(patch: Patch) -> None:
+    def ahead(self: RowTable, rows: Any) -> Any:
+        return np.maximum(
+            self.num_tokens[rows], self.num_ahead[rows] + 1 + (self.num_ahead[rows] >= self.num_tokens[rows])
+        )
+
+    patch.setattr(RowTable, "num_tokens_ahead", ahead)
+
+
+def _output_for_a_new_owner(patch: Patch) -> None:
+    land = Scheduler._land
+
+    def by_who_runs_now(self: Scheduler, work: SchedulerOutput) -> Flight:
+        flight = land(self, work)
+        flight.left[:] = [row for row in flight.left if not self.order.is_running[row]]
+        return flight
+
+    patch.setattr(Scheduler, "_land", by_who_runs_now)
+
+
+def _given_away_and_cached_late(patch: Patch) -> None:
+    """What a step fills is cached as it comes back, though the blocks were taken from their row while it was out."""
+    preempt, update = Scheduler._preempt, Scheduler.update
+    gone: dict[int, tuple[Request, list[int]]] = {}
+
+    def remembers(self: Scheduler, row: int) -> None:
+        gone[row] = self.rows.request(row), self.kv.tables[row].copy()
+        preempt(self, row)
+
+    def late(self: Scheduler, work: SchedulerOutput, output: ModelOutput) -> list[EngineOutput]:
+        kv, flight = self.kv, self.flights._flights[0]
+        for row, end in zip(flight.rows.tolist(), flight.ends.tolist(), strict=True):
+            i, (request, table) = end // kv.block_size, gone.get(row, (None, []))
+            if row in flight.left and request is not None and request.row < 0 and 0 < i <= len(table) and kv.caching:
+                data, size = kv._extend_chain(request), 4 * kv.block_size
+                block, chain = table[i - 1], request.digests
+                free = kv.pool.ref_counts[block] > 0 and kv.pool.cached_entry(block) is None
+                if free and i < len(chain):
+                    kv.pool.cache(block, CachedBlock(chain[i], chain[i - 1], data[(i - 1) * size : i * size]))
+        gone.clear()
+        return update(self, work, output)
+
+    patch.setattr(Scheduler, "_preempt", remembers)
+    patch.setattr(Scheduler, "update", late)
+
+
+def _past_the_end(patch: Patch) -> None:
+    schedule = Scheduler.schedule
+
+    def never_ends(self: Scheduler) -> SchedulerOutput | None:
+        limits = self.rows.max_num_tokens
+        self.rows.max_num_tokens = limits + 1
+        try:
+            return schedule(self)
+        finally:
+            self.rows.max_num_tokens = self.rows.max_num_tokens - 1
+
+    patch.setattr(Scheduler, "schedule", never_ends)
+
+
+def _preempted_keeps_what_is_out(patch: Patch) -> None:
+    """The token that was out when its row was preempted is appended all the same, and sampled again."""
+    land = Flights.land
+
+    def landed(self: Flights, work: SchedulerOutput) -> Flight:
+        flight = land(self, work)
+        flight.left.clear()
+        return flight
+
+    patch.setattr(Flights, "land", landed)
+
+
+def _later_failure_lost(patch: Patch) -> None:
+    fail = Scheduler.fail
+
+    def deaf(self: Scheduler, work: SchedulerOutput, message: str) -> list[EngineOutput]:
+        return fail(self, work, message)[:-1]
+
+    patch.setattr(Scheduler, "fail", deaf)
+
+
 TIGHT = [
     "num_blocks=16",
     "block_size=4",
@@ -224,3 +307,15 @@ PLANTED: dict[str, Bug] = {
     "oldest preempted": Bug(_oldest_preempted, TIGHT, {"I10"}),
     "output lost at the end": Bug(_output_lost, TIGHT, {"I12"}),
 }
+
+BUSY = [*TIGHT[:5], "overlap=True", "faults=abort,late,raise,preempt"]
+
+PLANTED_IN_OVERLAP: dict[str, Bug] = {
+    "token that is out counted twice": Bug(_token_out_counted_twice, BUSY, {"I7", "I12"}),
+    "output applied to a row's new owner": Bug(_output_for_a_new_owner, BUSY, {"I7", "I12"}),
+    "block given away is cached by a late step": Bug(_given_away_and_cached_late, BUSY, {"I5", "I6"}),
+    "row past its last token scheduled": Bug(_past_the_end, BUSY, {"I7"}),
+    "preempted token appended twice": Bug(_preempted_keeps_what_is_out, BUSY, {"I7", "I12"}),
+    "failure of a step that is out lost": Bug(_later_failure_lost, BUSY, {"I10", "I11"}),
+}
+"""Those that need two steps to be out."""

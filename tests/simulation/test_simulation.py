@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .planted import PLANTED
+from .planted import PLANTED, PLANTED_IN_OVERLAP
 from .scenario import FAULTS, Scenario
 from .simulator import Failure, Simulation, run, shrink
 
@@ -16,8 +16,9 @@ REGRESSIONS = Path(__file__).with_name("regressions.txt")
 
 def test_every_invariant_holds_under_load_and_faults(count: Callable[[int, int], int], seed: int) -> None:
     failures = []
-    for i in range(count(30, 360)):
-        result = run(Scenario.from_seed(seed + i))
+    scenarios = [Scenario.from_seed(seed + i) for i in range(count(30, 360))]
+    for scenario in [each.replace(overlap=overlap) for each in scenarios for overlap in (False, True)]:
+        result = run(scenario)
         if isinstance(result, Failure):
             failures.append(f"{result}\nshrunk: {shrink(result, max_runs=50)}")
     assert not failures, "\n".join(failures)
@@ -25,19 +26,20 @@ def test_every_invariant_holds_under_load_and_faults(count: Callable[[int, int],
 
 def test_scenarios_reach_what_they_are_meant_to_test() -> None:
     faults: set[str] = set()
-    preemptions = hits = cut = failed = 0
+    preemptions = hits = cut = failed = wasted = 0
     for i in range(12):
-        simulation = Simulation(Scenario.from_seed(i))
+        simulation = Simulation(Scenario.from_seed(i).replace(overlap=i % 2 == 1))
         simulation.run()
         stats = simulation.scheduler.stats
         faults |= simulation.scenario.faults
         preemptions += stats.num_preemptions
         hits += stats.prefix_cache_hits
+        wasted += stats.num_wasted_tokens
         sequences = simulation.sequences.values()
         cut += sum(sequence.cut() is not None for sequence in sequences)
         failed += sum(sequence.may_fail for sequence in sequences)
     assert faults == set(FAULTS)
-    assert min(preemptions, hits, cut, failed) >= 20, (preemptions, hits, cut, failed)
+    assert min(preemptions, hits, cut, failed, wasted) >= 20, (preemptions, hits, cut, failed, wasted)
 
 
 def test_a_scenario_runs_the_same_every_time() -> None:
@@ -54,10 +56,13 @@ def test_old_failures_stay_away(line: str) -> None:
     assert not isinstance(result, Failure), str(result)
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_bug_is_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bug = PLANTED[name]
-    scenarios = [Scenario.from_seed(i).with_settings(bug.settings) for i in range(6)]
+@pytest.mark.parametrize(
+    ("name", "overlap"),
+    [*((name, overlap) for name in PLANTED for overlap in (False, True)), *((n, True) for n in PLANTED_IN_OVERLAP)],
+)
+def test_a_planted_bug_is_found_by_name(name: str, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug = (PLANTED | PLANTED_IN_OVERLAP)[name]
+    scenarios = [Scenario.from_seed(i).with_settings(bug.settings).replace(overlap=overlap) for i in range(8)]
     bug.plant(monkeypatch)
     found = []
     for scenario in scenarios:

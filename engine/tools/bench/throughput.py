@@ -32,6 +32,7 @@ _ROWS = (
     ("Total token throughput (tok/s):", "tokens_per_second"),
     ("Engine steps:", "num_steps"),
     ("Preemptions:", "num_preemptions"),
+    ("Tokens sampled in vain:", "num_wasted_tokens"),
     ("Prefix cache hits (tokens):", "prefix_cache_hits"),
     ("Peak KV cache usage (%):", "kv_cache_usage_peak_perc"),
     ("Mean KV cache usage (%):", "kv_cache_usage_mean_perc"),
@@ -44,6 +45,7 @@ _SUMS = (
     "total_output_tokens",
     "num_steps",
     "num_preemptions",
+    "num_wasted_tokens",
     "prefix_cache_queries",
     "prefix_cache_hits",
 )
@@ -60,6 +62,8 @@ class Round:
     total_output_tokens: int
     num_steps: int
     num_preemptions: int
+    num_wasted_tokens: int
+    """Sampled while the end of their sequence was not known yet, as steps overlap."""
     prefix_cache_queries: int
     """Tokens looked up at admissions."""
     prefix_cache_hits: int
@@ -112,7 +116,7 @@ def run_round(
         for request_id in running:
             llm.abort(request_id)
     elapsed_s, after = time.monotonic() - start_s, llm.stats
-    counts = ("num_steps", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
+    counts = ("num_steps", "num_preemptions", "num_wasted_tokens", "prefix_cache_queries", "prefix_cache_hits")
     return Round(
         elapsed_time=elapsed_s,
         num_requests=len(requests),
