@@ -11,7 +11,7 @@ from octavo.engine.errors import EngineDeadError, RequestError
 from octavo.engine.runner.fake_runner import FakeRunner, InjectedError, reference_tokens
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.scheduler import Scheduler, SchedulerLimits
-from octavo.engine.step import FinishReason, ModelOutput, SchedulerOutput
+from octavo.engine.step import FinishReason, ModelOutput, SchedulerOutput, StepHandle
 
 ALPHABET = 40
 EOS = 3
@@ -239,3 +239,141 @@ def test_extras_are_complete_whatever_the_schedule(name: str) -> None:
     assert other.hidden_states is not None
     assert plain.hidden_states.shape == (30, 2, 1)
     assert (plain.hidden_states == other.hidden_states).all()
+
+
+class Device:
+    """A runner that starts steps when it is told to and ends them when they are waited for, in the order of both."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.runner = fake(core)
+        self.out: list[int] = []
+        self.log: list[str] = []
+        self.at_execute: dict[int, BaseException] = {}
+        self.at_wait: dict[int, BaseException] = {}
+        core.runner = self
+
+    def execute(self, step: SchedulerOutput) -> StepHandle:
+        self.log.append(f"execute {step.step}")
+        if step.step in self.at_execute:
+            raise self.at_execute.pop(step.step)
+        device, output = self, self.runner.execute(step)
+        self.out.append(step.step)
+
+        class Handle:
+            def wait(self) -> ModelOutput:
+                assert device.out.pop(0) == step.step
+                device.log.append(f"wait {step.step}")
+                if step.step in device.at_wait:
+                    raise device.at_wait.pop(step.step)
+                return output
+
+        return Handle()
+
+
+def overlapped(**changes: Any) -> tuple[EngineCore, Device]:
+    core = make_core(max_steps_in_flight=2, **changes)
+    return core, Device(core)
+
+
+def test_a_step_is_handed_out_before_the_one_before_it_is_waited_for() -> None:
+    core, device = overlapped()
+    core.add_request("a", [9, 8], SamplingParams(max_tokens=4, seed=1, ignore_eos=True), stream=True)
+    said = [core.step() for _ in range(4)]
+    assert [len(output.new_token_ids) for outputs in said for output in outputs] == [1, 1, 1, 1]
+    assert " ".join(device.log) == "execute 0 execute 1 wait 0 execute 2 wait 1 execute 3 wait 2 wait 3"
+    assert not core.has_unfinished, "who is certain to end is not run again"
+    assert core.scheduler.stats.num_wasted_tokens == 0
+
+
+def test_a_stop_is_known_a_step_late_and_nobody_hears_of_it() -> None:
+    core, device = overlapped()
+    core.add_request("stops", [9, 8, 7], SamplingParams(max_tokens=90, seed=1), stream=True)
+    expected = reference_tokens([9, 8, 7], 90, seed=1, alphabet=ALPHABET, stop_token_ids=frozenset({EOS}))
+    assert len(expected) < 90
+    heard = []
+    while core.scheduler.requests:
+        heard += [token for output in core.step() for token in output.new_token_ids]
+    assert heard == expected
+    assert core.has_unfinished, "a step with it is out"
+    assert core.scheduler.stats.num_free_blocks == 64, "and nobody waits for its blocks"
+    core.add_request("next", [9, 8, 7], SamplingParams(max_tokens=2, seed=1, ignore_eos=True))
+    assert run_out(core) == {("next", 0): expected[:2]}
+    assert core.scheduler.stats.num_wasted_tokens == 1
+    assert device.out == []
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_overlap_changes_no_token(name: str) -> None:
+    tokens, stats = [], []
+    for num_steps in (1, 2):
+        core = make_core(max_steps_in_flight=num_steps, **CONFIGURATIONS[name])
+        Device(core)
+        for i in range(10):
+            params = SamplingParams(n=1 + i % 2, max_tokens=4 + 3 * i, seed=i % 4, priority=i % 3)
+            core.add_request(f"r{i}", [9] * 12 + [i % 3] * (i % 5 + 1), params, stream=i % 2 == 0)
+        tokens.append(run_out(core))
+        stats.append(core.scheduler.stats)
+    assert tokens[0] == tokens[1]
+    assert stats[0].num_output_tokens == stats[1].num_output_tokens
+    assert stats[0].num_wasted_tokens == 0 < stats[1].num_wasted_tokens
+
+
+@pytest.mark.parametrize("where", ["execute", "wait"])
+def test_what_fails_fails_in_its_turn(where: str) -> None:
+    core, device = overlapped()
+    for name, max_tokens in (("short", 2), ("long", 9)):
+        core.add_request(name, [9, 8], SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True))
+    (device.at_execute if where == "execute" else device.at_wait)[2] = InjectedError("the device is gone")
+    assert core.step() == []
+    (short,) = core.step()
+    assert (short.request_id, short.finish_reason) == ("short", FinishReason.LENGTH), "step 1 is none the worse"
+    (long,) = core.step()
+    assert (long.request_id, long.finish_reason) == ("long", FinishReason.ERROR)
+    assert "the device is gone" in (long.error or "")
+    core.add_request("next", [9, 8], SamplingParams(max_tokens=5, seed=1, ignore_eos=True))
+    assert run_out(core) == {("next", 0): reference_tokens([9, 8], 5, seed=1, alphabet=ALPHABET)}
+    assert core.scheduler.stats.num_free_blocks == 64
+    assert device.out == []
+
+
+@pytest.mark.parametrize("where", ["execute", "wait"])
+def test_an_interrupt_loses_no_step_that_is_out(where: str) -> None:
+    core, device = overlapped()
+    core.add_request("a", [9, 8], SamplingParams(max_tokens=3, seed=1, ignore_eos=True), stream=True)
+    (device.at_execute if where == "execute" else device.at_wait)[1] = KeyboardInterrupt()
+    heard = core.step() if where == "wait" else []
+    with pytest.raises(KeyboardInterrupt):
+        core.step()
+    while core.has_unfinished:
+        heard += core.step()
+    assert [output.finish_reason for output in heard] == [None, FinishReason.ERROR]
+    assert heard[0].new_token_ids == reference_tokens([9, 8], 1, seed=1, alphabet=ALPHABET)
+    assert "interrupted" in (heard[1].error or "")
+    core.add_request("b", [9, 8], SamplingParams(max_tokens=5, seed=1, ignore_eos=True))
+    assert run_out(core)["b", 0] == reference_tokens([9, 8], 5, seed=1, alphabet=ALPHABET)
+
+
+def test_steps_that_fail_in_a_row_kill_with_one_still_out() -> None:
+    core, device = overlapped()
+    core.add_request("old", [9, 8], SamplingParams(max_tokens=50, seed=1, ignore_eos=True))
+    core.step()
+    for i in range(MAX_FAILED_STEPS):
+        core.add_request(f"r{i}", [9, i], SamplingParams(max_tokens=50, seed=1, ignore_eos=True))
+        device.at_wait[2 + i] = InjectedError("the device is gone")
+    core.step()
+    for i in range(1, MAX_FAILED_STEPS):
+        assert all(end.finish_reason == FinishReason.ERROR for end in core.step())
+        core.add_request(f"s{i}", [9, i], SamplingParams(max_tokens=50, seed=1, ignore_eos=True))
+    with pytest.raises(EngineDeadError, match="the device is gone"):
+        core.step()
+
+
+def test_a_row_is_given_away_while_a_step_with_it_is_out() -> None:
+    core, _ = overlapped(max_num_seqs=1)
+    for name, seed in (("a", 1), ("b", 2)):
+        core.add_request(name, [9, 8, 7], SamplingParams(max_tokens=6, seed=seed, ignore_eos=True), stream=True)
+    core.step()
+    core.abort("a")
+    tokens = run_out(core)
+    assert tokens == {("b", 0): reference_tokens([9, 8, 7], 6, seed=2, alphabet=ALPHABET)}
+    assert core.scheduler.stats.num_wasted_tokens == 1
