@@ -75,17 +75,9 @@ def _launch(x: Tensor, kind: str, out: Tensor, *, gated: bool) -> Tensor:
     settings = config(size=size)
     if written.numel():
         _activation_kernel[(len(rows), cdiv(size, settings.block))](
-            rows,
-            written,
-            X_STRIDE=rows.stride(0),
-            OUT_STRIDE=written.stride(0),
-            SIZE=size,
-            KIND=kind,
-            GATED=gated,
-            BLOCK=settings.block,
-            num_warps=settings.num_warps,
-            enable_fp_fusion=True,
-        )
+            rows, written, X_STRIDE=rows.stride(0), OUT_STRIDE=written.stride(0), SIZE=size, KIND=kind, GATED=gated,
+            BLOCK=settings.block, num_warps=settings.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 

@@ -159,14 +159,9 @@ def write_call(model: Model, settings: Settings, num_tokens: int) -> Call:
         table = empty(settings.max_model_len, rotary_dim, dtype=torch.float32) if model.rotary else None
         weight = empty(model.head_dim, dtype=q.dtype) if model.head_norm else None
         plan = plan_write_kv(
-            slots,
-            positions=positions,
-            cos_sin=table,
-            rope_style=model.rope_style,
-            block_size=settings.block_size,
-            num_kv_heads=model.num_kv_heads,
-            dtype=q.dtype,
-        )
+            slots, positions=positions, cos_sin=table, rope_style=model.rope_style, block_size=settings.block_size,
+            num_kv_heads=model.num_kv_heads, dtype=q.dtype,
+        )  # fmt: skip
         write_kv(
             q, k, v, k_cache, v_cache, slots, positions=positions, cos_sin=table, rope_style=model.rope_style,
             q_norm=weight, k_norm=weight, plan=plan, **scales,
@@ -191,11 +186,12 @@ def expand_call(
         def part(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return empty(start + math.prod(shape), dtype=dtype)[start:].view(shape)
 
-        given = [part(size) for size in (num_seqs, num_seqs, num_seqs + 1, num_tokens, settings.max_num_seqs)]
-        tokens = (part(num_tokens, dtype=torch.int64) for _ in range(3))
-        out = ExpandedRows(*tokens, part(num_seqs), part(num_seqs, num_columns))
-        tables = part(settings.max_num_seqs, width)
-        expand_rows(*given, tables, block_size=settings.block_size, num_columns=num_columns, out=out)
+        ids, positions, slots = (part(num_tokens, dtype=torch.int64) for _ in range(3))
+        expand_rows(
+            part(num_seqs), part(num_seqs), part(num_seqs + 1), part(num_tokens), part(settings.max_num_seqs),
+            part(settings.max_num_seqs, width), block_size=settings.block_size, num_columns=num_columns,
+            out=ExpandedRows(ids, positions, slots, part(num_seqs), part(num_seqs, num_columns)),
+        )  # fmt: skip
 
     return Call("expand_rows", f"block {settings.block_size}", run)
 
@@ -221,20 +217,13 @@ def attention_call(
         k_cache, v_cache, scales = caches(model, settings)
         cu_seqlens_q, seq_lens, block_table = empty(num_seqs + 1), empty(num_seqs), empty(num_seqs, max_blocks_per_seq)
         plan = plan_paged_attention(
-            cu_seqlens_q,
-            seq_lens,
-            block_table,
-            op=op,
-            num_tokens=num_tokens,
-            max_query_len=max_query_len,
-            num_q_heads=model.num_q_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
+            cu_seqlens_q, seq_lens, block_table, op=op, num_tokens=num_tokens, max_query_len=max_query_len,
+            num_q_heads=model.num_q_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim,
             block_size=settings.block_size,
             max_splits=num_seqs * -(-max_blocks_per_seq * settings.block_size // SPLIT_TOKENS),
             invariant=settings.invariant,
             shared=SharedPrefixes(torch.zeros(num_seqs).int(), torch.ones(num_seqs).int()) if shared else None,
-        )
+        )  # fmt: skip
         arguments: dict[str, Any] = dict(
             cu_seqlens_q=cu_seqlens_q,
             seq_lens=seq_lens,

@@ -310,38 +310,17 @@ def paged_attention_prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `Worklist` or an `InvariantPlan`."""
     check_attention(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seq_lens,
-        block_table,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
-    )
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale, out=out,
+    )  # fmt: skip
     check_supported(q, k_cache, out)
     check_positive("scale", scale)
     check_side_by_side(cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table, sinks=sinks)
     if isinstance(worklist, InvariantPlan):
         return attend_invariant(
-            q,
-            k_cache,
-            v_cache,
-            worklist,
-            cu_seqlens_q=cu_seqlens_q,
-            seq_lens=seq_lens,
-            block_table=block_table,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            out=out,
-            return_lse=return_lse,
-        )
+            q, k_cache, v_cache, worklist, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_table=block_table,
+            scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
+        )  # fmt: skip
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     group_size = num_q_heads // num_kv_heads

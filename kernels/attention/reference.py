@@ -143,32 +143,17 @@ def paged_attention_prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `PagedPlan`."""
     check_attention(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seq_lens,
-        block_table,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
-    )
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale, out=out,
+    )  # fmt: skip
     if _is_plain(q, k_cache, soft_cap, sinks, k_scale, return_lse):
         if worklist is None:
             worklist = _plan(cu_seqlens_q, seq_lens, block_table, k_cache)
         if worklist is not None:
             return attend(
-                q,
-                k_cache,
-                v_cache,
-                worklist,
-                scale=scale,
-                window=window,
+                q, k_cache, v_cache, worklist, scale=scale, window=window,
                 out=torch.empty_like(q) if out is None else out,
-            )
+            )  # fmt: skip
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -197,16 +182,9 @@ def paged_attention_prefill(
             if window is not None:
                 visible &= o_key[:length] > o_query - window
             tile, tile_lse = _attend(
-                queries[:, :, i:j],
-                keys[:, :length],
-                values[:, :length],
-                visible[None],
-                scale=scale,
-                soft_cap=soft_cap,
-                sinks=sinks,
-                return_lse=return_lse,
-                may_see_nothing=first < 0,
-            )
+                queries[:, :, i:j], keys[:, :length], values[:, :length], visible[None], scale=scale, soft_cap=soft_cap,
+                sinks=sinks, return_lse=return_lse, may_see_nothing=first < 0,
+            )  # fmt: skip
             out[start + i : start + j] = tile[0].transpose(0, 1).reshape(j - i, num_q_heads, head_dim)
             if tile_lse is not None:
                 lse[start + i : start + j] = tile_lse[0].transpose(0, 1).reshape(j - i, num_q_heads)
@@ -234,19 +212,9 @@ def paged_attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `octavo.kernels.paged_attention_decode`. `plan` is a `PagedPlan`."""
     check_attention(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seq_lens,
-        block_table,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
-    )
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale, out=out,
+    )  # fmt: skip
     if _is_plain(q, k_cache, soft_cap, sinks, k_scale, return_lse) and draft_mask is None:
         if plan is None:
             _check_query_len(cu_seqlens_q)
@@ -294,16 +262,9 @@ def paged_attention_decode(
     values = _gather(v_cache, v_scale, blocks, dtype)
     values.view(len(seq_lens), num_kv_heads, -1, head_dim).masked_fill_(~owned[:, None, :, None], 0)
     tile, tile_lse = _attend(
-        queries,
-        keys,
-        values,
-        visible,
-        scale=scale,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        return_lse=return_lse,
+        queries, keys, values, visible, scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
         may_see_nothing=draft_mask is not None or bool((first < 0).any()),
-    )
+    )  # fmt: skip
     written = rows[m_row]
     out[written] = tile.transpose(1, 2).reshape(*rows.shape, num_q_heads, head_dim)[m_row].to(out.dtype)
     if tile_lse is not None:

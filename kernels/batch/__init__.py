@@ -41,14 +41,7 @@ def expand_rows(
         ValueError: names the argument, what it is and what is allowed.
     """
     result: ExpandedRows = active["expand_rows"](
-        rows,
-        num_computed_tokens,
-        cu_seqlens_q,
-        token_ids,
-        last_token_ids,
-        block_tables,
-        block_size=block_size,
-        num_columns=num_columns,
-        out=out,
-    )
+        rows, num_computed_tokens, cu_seqlens_q, token_ids, last_token_ids, block_tables, block_size=block_size,
+        num_columns=num_columns, out=out,
+    )  # fmt: skip
     return result

@@ -102,8 +102,8 @@ def expand_rows(
     )  # fmt: skip
     num_seqs, num_tokens = len(rows), len(token_ids)
     if out is None:
-        each, length = rows.new_empty((3, num_tokens), dtype=torch.int64), rows.new_empty(num_seqs)
-        out = ExpandedRows(*each, length, rows.new_empty((num_seqs, num_columns)))
+        ids, positions, slots = rows.new_empty((3, num_tokens), dtype=torch.int64)
+        out = ExpandedRows(ids, positions, slots, rows.new_empty(num_seqs), rows.new_empty((num_seqs, num_columns)))
     if num_seqs:
         # A sequence has at least one token, so this is the most that one can have.
         longest = num_tokens - num_seqs + 1

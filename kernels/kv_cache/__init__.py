@@ -45,22 +45,9 @@ def write_kv(
         plan: from `plan_write_kv`, for the same slots and positions; None: it plans for itself.
     """
     active["write_kv"](
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        positions=positions,
-        cos_sin=cos_sin,
-        rope_style=rope_style,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        plan=plan,
-    )
+        q, k, v, k_cache, v_cache, slot_mapping, positions=positions, cos_sin=cos_sin, rope_style=rope_style,
+        q_norm=q_norm, k_norm=k_norm, eps=eps, k_scale=k_scale, v_scale=v_scale, plan=plan,
+    )  # fmt: skip
 
 
 def plan_write_kv(
@@ -83,14 +70,9 @@ def plan_write_kv(
         What the backend in force wants to know; opaque to callers.
     """
     return active["plan_write_kv"](
-        slot_mapping,
-        positions=positions,
-        cos_sin=cos_sin,
-        rope_style=rope_style,
-        block_size=block_size,
-        num_kv_heads=num_kv_heads,
-        dtype=dtype,
-    )
+        slot_mapping, positions=positions, cos_sin=cos_sin, rope_style=rope_style, block_size=block_size,
+        num_kv_heads=num_kv_heads, dtype=dtype,
+    )  # fmt: skip
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> None:

@@ -91,18 +91,7 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> N
     rounds = ((k, v, *scratch, src, None), (*scratch, k, v, None, dst))
     for k_from, v_from, k_to, v_to, read, written in rounds:
         _copy_kernel[(num_copies, cdiv(words, settings.block))](
-            k_from,
-            v_from,
-            k_to,
-            v_to,
-            read,
-            written,
-            K_FROM_STRIDE=k_from.stride(0),
-            V_FROM_STRIDE=v_from.stride(0),
-            K_TO_STRIDE=k_to.stride(0),
-            V_TO_STRIDE=v_to.stride(0),
-            WORDS=words,
-            BLOCK=settings.block,
-            num_warps=settings.num_warps,
-            enable_fp_fusion=True,
-        )
+            k_from, v_from, k_to, v_to, read, written, K_FROM_STRIDE=k_from.stride(0), V_FROM_STRIDE=v_from.stride(0),
+            K_TO_STRIDE=k_to.stride(0), V_TO_STRIDE=v_to.stride(0), WORDS=words, BLOCK=settings.block,
+            num_warps=settings.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip

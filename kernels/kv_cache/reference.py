@@ -113,19 +113,9 @@ def write_kv(
 ) -> None:
     """See `octavo.kernels.write_kv`."""
     check_write_kv(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        positions=positions,
-        cos_sin=cos_sin,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+        q, k, v, k_cache, v_cache, slot_mapping, positions=positions, cos_sin=cos_sin, q_norm=q_norm, k_norm=k_norm,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     if plan is None:
         plan = plan_write_kv(

@@ -310,19 +310,9 @@ def write_kv(
 ) -> None:
     """See `octavo.kernels.write_kv`."""
     check_write_kv(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        positions=positions,
-        cos_sin=cos_sin,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+        q, k, v, k_cache, v_cache, slot_mapping, positions=positions, cos_sin=cos_sin, q_norm=q_norm, k_norm=k_norm,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     check_kernel_float("q", q)
     check_choice("rope_style", rope_style, ("neox", "interleaved"))
     if k_cache.dtype == torch.float64:
@@ -338,35 +328,12 @@ def write_kv(
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     _write_kernel[(num_tokens, kv_tiles + q_tiles)](
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        positions,
-        None if cos_sin is None else cos_sin.contiguous(),
-        None if q_norm is None else q_norm.contiguous(),
-        None if k_norm is None else k_norm.contiguous(),
-        k_scale,
-        v_scale,
-        eps,
-        Q_TOKEN_STRIDE=q.stride(0),
-        Q_HEAD_STRIDE=q.stride(1),
-        K_TOKEN_STRIDE=k.stride(0),
-        K_HEAD_STRIDE=k.stride(1),
-        V_TOKEN_STRIDE=v.stride(0),
-        V_HEAD_STRIDE=v.stride(1),
-        NUM_Q_HEADS=q.shape[1],
-        NUM_KV_HEADS=num_kv_heads,
-        BLOCK_SIZE=k_cache.shape[2],
-        HALF=paired // 2,
-        REST=head_dim - paired,
-        INTERLEAVED=rope_style == "interleaved" and cos_sin is not None,
-        KV_TILES=kv_tiles,
-        BLOCK_H=settings.block_h,
-        BLOCK_HALF=settings.block_half,
-        BLOCK_REST=settings.block_rest,
-        num_warps=settings.num_warps,
+        q, k, v, k_cache, v_cache, slot_mapping, positions, None if cos_sin is None else cos_sin.contiguous(),
+        None if q_norm is None else q_norm.contiguous(), None if k_norm is None else k_norm.contiguous(), k_scale,
+        v_scale, eps, Q_TOKEN_STRIDE=q.stride(0), Q_HEAD_STRIDE=q.stride(1), K_TOKEN_STRIDE=k.stride(0),
+        K_HEAD_STRIDE=k.stride(1), V_TOKEN_STRIDE=v.stride(0), V_HEAD_STRIDE=v.stride(1), NUM_Q_HEADS=q.shape[1],
+        NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=k_cache.shape[2], HALF=paired // 2, REST=head_dim - paired,
+        INTERLEAVED=rope_style == "interleaved" and cos_sin is not None, KV_TILES=kv_tiles, BLOCK_H=settings.block_h,
+        BLOCK_HALF=settings.block_half, BLOCK_REST=settings.block_rest, num_warps=settings.num_warps,
         enable_fp_fusion=True,
-    )
+    )  # fmt: skip

@@ -133,18 +133,10 @@ def _launch(
     settings = config(hidden_size=hidden_size)
     if len(rows):
         kernel[(len(rows),)](
-            rows,
-            sums,
-            written,
-            *rest,
-            X_STRIDE=rows.stride(0),
-            RESIDUAL_STRIDE=0 if sums is None else sums.stride(0),
-            OUT_STRIDE=written.stride(0),
-            HIDDEN_SIZE=hidden_size,
-            BLOCK=settings.block,
-            num_warps=settings.num_warps,
+            rows, sums, written, *rest, X_STRIDE=rows.stride(0), RESIDUAL_STRIDE=0 if sums is None else sums.stride(0),
+            OUT_STRIDE=written.stride(0), HIDDEN_SIZE=hidden_size, BLOCK=settings.block, num_warps=settings.num_warps,
             enable_fp_fusion=True,
-        )
+        )  # fmt: skip
     return out
 
 
