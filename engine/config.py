@@ -140,6 +140,9 @@ class CacheConfig:
     """Tokens per block."""
     kv_cache_tokens: int | None = None
     """Size of the pool in tokens, rounded down to whole blocks; None: from the memory there is."""
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """What keys and values are stored as; auto: as dtype. int8 has a scale for each token and head; fp8 (e4m3) two for
+    each layer: the checkpoint's, where it has them, else 1."""
     prefix_caching: bool = True
     """Share the blocks of equal beginnings between requests, also of finished ones."""
     gpu_memory_utilization: float = 0.9
@@ -147,6 +150,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _check_flag("prefix_caching", self.prefix_caching)
+        _check("kv_cache_dtype", self.kv_cache_dtype, "auto, int8, fp8", lambda v: v in ("auto", "int8", "fp8"))
         _check("block_size", self.block_size, "an integer from 1 to 1024", lambda v: _is_int(v) and 1 <= v <= 1024)
         _check(
             "kv_cache_tokens",
@@ -217,7 +221,7 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the model's shape, nothing read but its config."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Of weights, activations and KV; auto: float32 on a CPU, the checkpoint's own on a GPU."""
+    """Of weights and activations; auto: float32 on a CPU, the checkpoint's own on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What to run on."""
     backend: Literal["auto", "torch", "triton"] = "auto"

@@ -56,6 +56,7 @@ class EngineCore:
         runner: runs it.
         seed: where seeds of requests without one come from.
         grammars: turns a request's `structured_outputs` into a grammar; None: there is no text, so there are none.
+        explain: given what a step has raised, returns what to tell of it.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class EngineCore:
         *,
         seed: int = 0,
         grammars: Callable[[Mapping[str, Any]], Grammar] | None = None,
+        explain: Callable[[Exception], Exception] = lambda error: error,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._rng = Random(seed)
         self._grammars = grammars
+        self._explain = explain
         self._num_failed_steps = 0
         self._num_arrived = 0
         self._flights: deque[tuple[SchedulerOutput, StepHandle]] = deque()
@@ -213,6 +216,7 @@ class EngineCore:
         if isinstance(error, _Interrupted):  # the engine can go on with other requests
             return self.scheduler.fail(work, "the step that ran this request was interrupted")
         self._num_failed_steps += 1
+        error = self._explain(error)
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             message = f"{MAX_FAILED_STEPS} steps failed in a row, last with {error!r}"
             self.scheduler.fail(work, message)  # for its events: they are the last that will be known

@@ -35,15 +35,15 @@ __all__ = [
 Shape = tuple[int, ...]
 WeightGroup = Literal["embedding", "attention", "mlp", "norms", "head"]
 WEIGHT_GROUPS: tuple[WeightGroup, ...] = ("embedding", "attention", "mlp", "norms", "head")
-CacheDTypeName = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3"]
-"""What keys and values can be stored as: the kernels take all of them, the engine its own dtype."""
+CacheDTypeName = Literal["float32", "float16", "bfloat16", "int8", "fp8"]
+"""What keys and values can be stored as; fp8 is e4m3."""
 
 DTYPE_BYTES: Mapping[CacheDTypeName, int] = {
     "float32": 4,
     "float16": 2,
     "bfloat16": 2,
     "int8": 1,
-    "float8_e4m3": 1,
+    "fp8": 1,
 }
 LOGITS_CHUNK_TOKENS = 256
 """Prompt positions whose logits are held at once, for prompt logprobs."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from .errors import ConfigError
 from .resolve import Hardware
 
-__all__ = ["detect"]
+__all__ = ["detect", "free_gpu_bytes", "peak_gpu_bytes"]
 
 
 MIN_CAPABILITY = (8, 0)
@@ -35,6 +37,26 @@ def detect(device: Literal["auto", "cpu", "cuda"], backend: Literal["auto", "tor
         return Hardware("cuda", torch.cuda.get_device_name(), free_bytes)
     threads = torch.get_num_threads()
     return Hardware("cpu", f"this CPU ({threads} thread{'s' if threads > 1 else ''})", available_memory_bytes())
+
+
+def free_gpu_bytes() -> int:
+    """Return the bytes of the GPU that can still be taken, once all that torch keeps for later has been given back."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def peak_gpu_bytes(run: Callable[[], object]) -> int:
+    """Run something on the GPU and return the most bytes of tensors it held at once, beside those there were before."""
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) - before
 
 
 def available_memory_bytes() -> int:

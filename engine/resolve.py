@@ -26,7 +26,7 @@ from .footprint import (
     table_bytes,
 )
 
-__all__ = ["Choice", "Hardware", "ResolvedConfig", "flags", "resolve", "ways_to_fit"]
+__all__ = ["Choice", "Hardware", "ResolvedConfig", "changed", "flags", "gib", "resolve", "ways_to_fit"]
 
 CPU_CACHE_FRACTION = 0.25
 """Part of the memory left on a CPU that the KV pool may take: the machine has other work."""
@@ -61,6 +61,7 @@ class ResolvedConfig:
 
     device: Literal["cpu", "cuda"]
     dtype: DTypeName
+    kv_cache_dtype: CacheDTypeName
     backend: BackendName
     invariant: bool
     graphs: bool
@@ -75,9 +76,11 @@ class ResolvedConfig:
     weight_bytes: int
     """Of all weights, and of a tied head's copy where there is one."""
     kv_bytes_per_token: int
+    step_bytes: int
+    """Most that one step's tensors take, but for what grows with the pool."""
     activation_bytes: int
-    """Most that one step's tensors and the table of rotations take as the kernels run it; see `footprint.py`. The torch
-    backend gathers keys and values besides."""
+    """Of a step with all that grows with the pool, and of the table of rotations, as the kernels run it; see
+    `footprint.py`. The torch backend gathers keys and values besides."""
     choices: tuple[Choice, ...]
 
     @property
@@ -86,27 +89,20 @@ class ResolvedConfig:
         return (self.num_blocks + 1) * self.block_size * self.kv_bytes_per_token
 
 
-def resolve(
-    config: EngineConfig,
-    model: ModelConfig,
-    hardware: Hardware,
-    *,
-    kv_cache_dtype: CacheDTypeName | None = None,
-) -> ResolvedConfig:
+def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> ResolvedConfig:
     """Turn every "auto" into a value.
 
     Args:
         config: the user's settings.
         model: the model's shape.
         hardware: the machine.
-        kv_cache_dtype: for a plan, what keys and values might be stored as; None: as an engine stores them.
 
     Raises:
         ConfigError: settings contradict each other or the model.
         CapacityError: weights, a step's tensors or the smallest KV pool do not fit; says what would.
     """
     try:
-        return _resolve(config, model, hardware, kv_cache_dtype)
+        return _resolve(config, model, hardware)
     except CapacityError as error:
         ways = [flags(way) for way in ways_to_fit(config, model, hardware)]
         more = " or ".join(ways) or "a smaller model, or a machine with more memory"
@@ -130,7 +126,7 @@ def ways_to_fit(config: EngineConfig, model: ModelConfig, hardware: Hardware) ->
     ways: list[dict[str, Any]] = []
     for way in _changes(config, model):
         try:
-            resolved = _resolve(_changed(config, way), model, hardware, None)
+            resolved = _resolve(changed(config, way), model, hardware)
         except (CapacityError, ConfigError):
             continue
         found = {name: getattr(resolved, name, value) if value is None else value for name, value in way.items()}
@@ -149,9 +145,16 @@ def _changes(config: EngineConfig, model: ModelConfig) -> Iterator[dict[str, Any
             smaller.append({name: None})
     if len(smaller) == 2:
         smaller.append(smaller[0] | smaller[1])
+    narrow = [] if config.invariant or config.cache.kv_cache_dtype != "auto" else [{"kv_cache_dtype": "fp8"}]
     if config.cache.gpu_memory_utilization < HIGH_UTILIZATION:
         more = {"gpu_memory_utilization": HIGH_UTILIZATION}
-        smaller = [more, *smaller, *(more | way for way in smaller)]
+        smaller = [more, *smaller, *narrow, *(more | way for way in smaller)]
+    else:
+        smaller += narrow
+    if (
+        num_seqs := min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens or CPU_BATCHED_TOKENS)
+    ) > 1:
+        smaller.append({"max_num_seqs": num_seqs // 2})
     smaller.append({"max_num_batched_tokens": CPU_BATCHED_TOKENS})
     smaller.append({"max_num_batched_tokens": CPU_BATCHED_TOKENS, "max_num_seqs": 16})
     smaller.append({"block_size": 16})
@@ -162,7 +165,8 @@ def _changes(config: EngineConfig, model: ModelConfig) -> Iterator[dict[str, Any
         yield from ({"dtype": half} | way for way in smaller)
 
 
-def _changed(config: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
+def changed(config: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
+    """Return a configuration with some settings, by their flat names, changed."""
     cache = {name: value for name, value in settings.items() if hasattr(config.cache, name)}
     scheduler = {name: value for name, value in settings.items() if hasattr(config.scheduler, name)}
     own = {name: value for name, value in settings.items() if name not in cache and name not in scheduler}
@@ -171,13 +175,16 @@ def _changed(config: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
     )
 
 
-def _resolve(
-    config: EngineConfig, model: ModelConfig, hardware: Hardware, kv_cache_dtype: CacheDTypeName | None
-) -> ResolvedConfig:
+def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> ResolvedConfig:
     choices: list[Choice] = []
     dtype = _dtype(config, model, hardware, choices)
+    kv_dtype: CacheDTypeName = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
     if config.invariant and dtype != "float32":
         raise ConfigError(f"invariant is set and dtype is {dtype}; allowed: float32, the only one it is proved for")
+    if config.invariant and kv_dtype != dtype:
+        raise ConfigError(
+            f"invariant is set and kv_cache_dtype is {kv_dtype}; allowed: auto, all that it is proved for"
+        )
     backend = _backend(config, hardware, choices)
     max_num_batched_tokens, max_num_seqs = _step_limits(config, hardware, choices)
     layout: Literal["packed", "transposed"] = "packed" if max_num_seqs > 1 else "transposed"
@@ -188,17 +195,24 @@ def _resolve(
     if max_model_len > model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; allowed: at most the model's {model.max_position}")
     block_size = config.cache.block_size
-    needs = _needs(model, dtype, backend, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
+    needs = _needs(
+        model,
+        dtype,
+        kv_dtype,
+        has_splits=backend == "triton",
+        block_size=block_size,
+        num_tokens=max_num_batched_tokens,
+        num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
     if (hardware.device, dtype, layout) == ("cpu", "float32", "packed") and copies_tied_head(model):
         needs = replace(needs, weights=needs.weights + model.vocab_size * model.hidden_size * DTYPE_BYTES[dtype])
-    if kv_cache_dtype is not None:
-        needs = replace(needs, kv_token=kv_bytes_per_token(model, kv_cache_dtype))
     num_blocks = _num_blocks(config, hardware, needs, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
         if config.scheduler.max_model_len is not None:
             if config.cache.kv_cache_tokens is None:
                 raise CapacityError(
-                    f"a sequence of {max_model_len:,} tokens takes {_gib(max_model_len * needs.kv_token)} of keys and "
+                    f"a sequence of {max_model_len:,} tokens takes {gib(max_model_len * needs.kv_token)} of keys and "
                     f"values and {hardware.name} has room for {num_blocks * block_size:,} tokens"
                 )
             raise ConfigError(
@@ -213,6 +227,7 @@ def _resolve(
     return ResolvedConfig(
         device=hardware.device,
         dtype=dtype,
+        kv_cache_dtype=kv_dtype,
         backend=backend,
         invariant=config.invariant,
         graphs=_graphs(config, hardware, backend),
@@ -225,6 +240,7 @@ def _resolve(
         weight_layout=layout,
         weight_bytes=needs.weights,
         kv_bytes_per_token=needs.kv_token,
+        step_bytes=needs.step,
         activation_bytes=needs.step + table_bytes(model, max_model_len) + num_blocks * needs.split_block,
         choices=tuple(choices),
     )
@@ -304,20 +320,21 @@ class _Needs:
 def _needs(
     model: ModelConfig,
     dtype: DTypeName,
-    backend: BackendName,
+    kv_dtype: CacheDTypeName,
+    *,
+    has_splits: bool,
     block_size: int,
     num_tokens: int,
     num_seqs: int,
     max_model_len: int,
 ) -> _Needs:
-    splits = backend == "triton"
     step = step_memory(model, dtype, num_tokens=num_tokens, num_seqs=num_seqs).peak
     return _Needs(
         weights=num_weights(model) * DTYPE_BYTES[dtype],
-        step=step + (split_bytes(model, num_seqs=num_seqs, kv_tokens=0) if splits else 0),
+        step=step + (split_bytes(model, num_seqs=num_seqs, kv_tokens=0) if has_splits else 0),
         table=table_bytes(model, max_model_len),
-        kv_token=kv_bytes_per_token(model, dtype),
-        split_block=split_bytes(model, num_seqs=0, kv_tokens=block_size) if splits else 0,
+        kv_token=kv_bytes_per_token(model, kv_dtype),
+        split_block=split_bytes(model, num_seqs=0, kv_tokens=block_size) if has_splits else 0,
         block_size=block_size,
     )
 
@@ -330,37 +347,38 @@ def _num_blocks(
     max_model_len: int,
     choices: list[Choice],
 ) -> int:
-    cache, has = config.cache, f"{hardware.name} has {_gib(hardware.available_bytes)}"
+    cache, has = config.cache, f"{hardware.name} has {gib(hardware.available_bytes)}"
     left = hardware.available_bytes - needs.weights
     if left <= 0:
-        raise CapacityError(f"the weights take {_gib(needs.weights)} and {has} left")
+        raise CapacityError(f"the weights take {gib(needs.weights)} and {has} left")
     left -= needs.step + needs.table
     if left <= 0:
         raise CapacityError(
-            f"the weights take {_gib(needs.weights)}, the tensors of a step {_gib(needs.step + needs.table)}, and {has}"
+            f"the weights take {gib(needs.weights)}, the tensors of a step {gib(needs.step + needs.table)}, and {has}"
         )
     if cache.kv_cache_tokens is not None:
         num_blocks = cache.kv_cache_tokens // cache.block_size
         wanted = needs.pool(num_blocks)
         if wanted > left:
             raise CapacityError(
-                f"a KV pool of {cache.kv_cache_tokens:,} tokens takes {_gib(wanted)} and {hardware.name} has "
-                f"{_gib(left)} left beside the weights and a step's tensors"
+                f"a KV pool of {cache.kv_cache_tokens:,} tokens takes {gib(wanted)} and {hardware.name} has "
+                f"{gib(left)} left beside the weights and a step's tensors"
             )
         return num_blocks
     share = CPU_CACHE_FRACTION if hardware.device == "cpu" else cache.gpu_memory_utilization
     affordable = (int(left * share) - needs.block) // (needs.block + needs.split_block)
     if affordable < 1:
         raise CapacityError(
-            f"two blocks of {cache.block_size} tokens, the least there can be, take {_gib(needs.pool(1))} and "
-            f"{hardware.name} has {_gib(int(left * share))} for the KV pool"
+            f"two blocks of {cache.block_size} tokens, the least there can be, take {gib(needs.pool(1))} and "
+            f"{hardware.name} has {gib(int(left * share))} for the KV pool"
         )
     num_blocks = min(affordable, max_num_seqs * -(-max_model_len // cache.block_size))
     tokens = num_blocks * cache.block_size
     why = "room for every sequence at full length" if num_blocks < affordable else f"{share:.0%} of the memory left"
-    choices.append(Choice("kv_cache_tokens", f"{tokens:,}", f"{_gib((num_blocks + 1) * needs.block)}, {why}"))
+    choices.append(Choice("kv_cache_tokens", f"{tokens:,}", f"{gib((num_blocks + 1) * needs.block)}, {why}"))
     return num_blocks
 
 
-def _gib(num_bytes: int) -> str:
+def gib(num_bytes: int) -> str:
+    """Return bytes in words."""
     return f"{num_bytes / 2**30:,.2f} GiB"

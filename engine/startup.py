@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,16 +14,20 @@ from .config import EngineConfig, GenerationConfig, ModelConfig
 from .core import EngineCore
 from .errors import ConfigError
 from .events import Recorder
-from .hardware import detect
-from .resolve import ResolvedConfig, resolve
+from .hardware import detect, free_gpu_bytes, peak_gpu_bytes
+from .memory import Measured, out_of_memory, resize
+from .resolve import ResolvedConfig, gib, resolve
 from .scheduler import Scheduler, SchedulerLimits
 from .structured import GrammarCompiler
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .loader import Checkpoint
+    from .runner.model_runner import ModelRunner
 
 __all__ = ["Engine", "StartupPhase", "start_engine"]
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -60,6 +65,8 @@ class _Phases:
     def __init__(self, on_phase: Callable[[str], None] | None) -> None:
         self.done: list[StartupPhase] = []
         self.detail = ""
+        self.explain: Callable[[Exception, str], Exception] = lambda error, _doing: error
+        """Given what a phase has raised and the phase's name: what to raise in its place."""
         self._on_phase = on_phase
 
     @contextmanager
@@ -68,7 +75,13 @@ class _Phases:
             self._on_phase(name)
         self.detail = ""
         start = time.monotonic()
-        yield
+        try:
+            yield
+        except Exception as error:
+            told = self.explain(error, name)
+            if told is error:
+                raise
+            raise told from error
         self.done.append(StartupPhase(name, time.monotonic() - start, self.detail))
 
     def progress(self, name: str) -> Progress:
@@ -110,8 +123,9 @@ def start_engine(
         from octavo import kernels
 
         from .loader import resolve_model
+        from .loader.transfer import CudaLink
         from .models.decoder import Decoder
-        from .runner.kv_cache import allocate_kv_cache
+        from .runner.kv_cache import allocate_kv_cache, storage_dtype
         from .runner.model_runner import ModelRunner
         from .runner.sampler import Sampler
 
@@ -131,13 +145,21 @@ def start_engine(
         if (resolved.backend, resolved.device) == ("triton", "cpu") and runs_on_gpu:
             raise ConfigError("backend is 'triton' and device is 'cpu'; allowed: cuda, or auto")
         phase.detail = f"{model_config.family}, {checkpoint.num_bytes(torch.int8) / 1e6:,.0f} M parameters"
+
+    def explain(error: Exception, doing: str) -> Exception:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return error
+        return out_of_memory(error, doing, config, model_config, hardware, resolved)
+
+    phase.explain = explain
     with phase("build the tokenizer"):
         tokenizer = _tokenizer(config, checkpoint)
         phase.detail = f"{tokenizer.vocab_size:,} ids" if tokenizer is not None else "none: token ids only"
     with phase("load the weights"):
+        link, start = CudaLink() if device.type == "cuda" else None, time.monotonic()
         model = Decoder(
             model_config,
-            lambda allocate, on_loaded: checkpoint.load_weights(allocate, on_loaded, on_weights),
+            lambda allocate, on_loaded: checkpoint.load_weights(allocate, on_loaded, on_weights, link=link),
             dtype=dtype,
             device=device,
             max_model_len=resolved.max_model_len,
@@ -145,12 +167,8 @@ def start_engine(
             invariant=resolved.invariant,
         )
         phase.detail = f"{resolved.weight_bytes / 2**20:,.0f} MiB in {resolved.dtype}"
-    with phase("allocate the KV cache"):
-        cache = allocate_kv_cache(
-            model_config, num_blocks=resolved.num_blocks, block_size=resolved.block_size, dtype=dtype, device=device
-        )
-        tokens = resolved.num_blocks * resolved.block_size
-        phase.detail = f"{tokens:,} tokens in blocks of {resolved.block_size}"
+        if checkpoint.file_bytes:
+            phase.detail += f", read at {checkpoint.file_bytes / (time.monotonic() - start) / 1e9:,.2f} GB/s"
     if resolved.backend == "triton" and not kernels.interpreted():
         with phase(name := "compile the kernels"):
             from .runner.warmup import warm_kernels
@@ -159,21 +177,40 @@ def start_engine(
             phase.detail = warm_kernels(
                 model_config, resolved, num_valid_ids=num_valid_ids, on_progress=phase.progress(name)
             )
-    runner = ModelRunner(
-        model,
-        cache,
-        Sampler(
-            resolved.max_num_seqs,
-            model_config.vocab_size,
-            num_valid_ids=None if tokenizer is None else tokenizer.vocab_size,
-            device=device,
-        ),
-        max_num_seqs=resolved.max_num_seqs,
-        max_model_len=resolved.max_model_len,
-        block_size=resolved.block_size,
-        invariant=resolved.invariant,
-        graphs=resolved.graphs,
-    )
+
+    def make_runner(num_blocks: int, graphs: bool) -> ModelRunner:
+        return ModelRunner(
+            model,
+            allocate_kv_cache(
+                model_config,
+                num_blocks=num_blocks,
+                block_size=resolved.block_size,
+                dtype=storage_dtype(resolved.kv_cache_dtype),
+                device=device,
+                scales=checkpoint.kv_scales,
+            ),
+            Sampler(
+                resolved.max_num_seqs,
+                model_config.vocab_size,
+                num_valid_ids=None if tokenizer is None else tokenizer.vocab_size,
+                device=device,
+            ),
+            max_num_seqs=resolved.max_num_seqs,
+            max_model_len=resolved.max_model_len,
+            block_size=resolved.block_size,
+            invariant=resolved.invariant,
+            graphs=graphs,
+        )
+
+    if _is_measured(resolved):
+        with phase("measure the largest step"):
+            measured = _measure(resolved, lambda num_blocks: make_runner(num_blocks, False))
+            phase.detail = _told(resolved, measured)
+            resolved = resize(config, model_config, hardware, resolved, measured)
+    with phase("allocate the KV cache"):
+        runner = make_runner(resolved.num_blocks, resolved.graphs)
+        tokens = resolved.num_blocks * resolved.block_size
+        phase.detail = f"{tokens:,} tokens in blocks of {resolved.block_size}, {_stored(resolved, checkpoint)}"
     if runner.graphs is not None and resolved.device == "cuda":
         with phase(name := "capture the graphs"):
             phase.detail = runner.graphs.capture_all(phase.progress(name))
@@ -184,6 +221,7 @@ def start_engine(
             runner,
             seed=config.seed,
             grammars=None if tokenizer is None else GrammarCompiler(tokenizer, model_config.vocab_size),
+            explain=lambda error: explain(error, "run a step"),
         ),
         tokenizer=tokenizer,
         config=config,
@@ -193,6 +231,43 @@ def start_engine(
         fingerprint=checkpoint.fingerprint,
         phases=tuple(phase.done),
     )
+
+
+def _is_measured(resolved: ResolvedConfig) -> bool:
+    """Whether memory is measured before the KV pool is sized: a CPU's is shared with all that runs there."""
+    return resolved.device == "cuda"
+
+
+def _measure(resolved: ResolvedConfig, make_runner: Callable[[int], ModelRunner]) -> Measured:
+    """Run the largest step on as few blocks as it can do with."""
+    from .runner.largest_step import largest_step
+
+    step = largest_step(resolved)
+    num_blocks = int(step.block_ids.max())
+    pool_bytes = (num_blocks + 1) * resolved.block_size * resolved.kv_bytes_per_token
+    peak_bytes = peak_gpu_bytes(lambda: make_runner(num_blocks).execute(step).wait())
+    return Measured(free_gpu_bytes(), peak_bytes - pool_bytes)
+
+
+def _told(resolved: ResolvedConfig, measured: Measured) -> str:
+    """Say what a measurement has shown, and warn where more was found than was reckoned with."""
+    if measured.step_bytes > resolved.step_bytes:
+        log.warning(
+            "the largest step takes %s, which is more than the %s reckoned with; the KV pool leaves room for it",
+            gib(measured.step_bytes),
+            gib(resolved.step_bytes),
+        )
+    return (
+        f"{gib(measured.step_bytes)}, predicted {gib(resolved.step_bytes)}; {gib(measured.free_bytes)} free without it"
+    )
+
+
+def _stored(resolved: ResolvedConfig, checkpoint: Checkpoint) -> str:
+    """Say how keys and values are stored, and what becomes of scales that the checkpoint has for them."""
+    if resolved.kv_cache_dtype == "fp8":
+        return "fp8, with scales of 1" if checkpoint.kv_scales is None else "fp8, with the checkpoint's scales"
+    unused = "; the checkpoint's scales are for fp8" if checkpoint.kv_scales is not None else ""
+    return f"{resolved.kv_cache_dtype}{unused}"
 
 
 def _tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:

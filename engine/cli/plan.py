@@ -55,14 +55,7 @@ def plan(
     model = read_model(config.model)
     gpu = _gpu(own.gpu, config, model, quiet=options.quiet)
     try:
-        found = make_plan(
-            config,
-            model,
-            gpu,
-            kv_cache_dtype=own.kv_cache_dtype,
-            contexts=contexts,
-            batch_sizes=batch_sizes,
-        )
+        found = make_plan(config, model, gpu, contexts=contexts, batch_sizes=batch_sizes)
     except NoRoomError as error:
         _write(own.json, _no_room_json(error, config, gpu))
         error_line(str(error))
@@ -141,16 +134,14 @@ def plan_lines(found: Plan) -> list[str]:
         f"  card   {gpu.title}, {gpu.memory_bytes / GIB:,.1f} GiB, {gpu.bandwidth_bytes_per_s / 1e9:,.0f} GB/s, "
         f"{gpu.flops[resolved.dtype] / 1e12:,.4g} TFLOP/s in {resolved.dtype} ({gpu.source})",
         *_section("Memory", _memory(found)),
-        f"KV: {kv_bytes:,} bytes per token in {found.kv_cache_dtype}, {kv_bytes * resolved.block_size:,} per "
+        f"KV: {kv_bytes:,} bytes per token in {resolved.kv_cache_dtype}, {kv_bytes * resolved.block_size:,} per "
         f"block of {resolved.block_size}; {found.pool_tokens:,} tokens in {resolved.num_blocks:,} blocks",
-        *([] if found.kv_cache_dtype == resolved.dtype else [f"What if: the engine stores {resolved.dtype} so far"]),
         *_section("Sequences at once", _concurrency(found)),
         f"Longest: {resolved.max_model_len:,} tokens of the model's {model.max_position:,}",
         *_section(f"Predicted prefill, one prompt in chunks of {resolved.max_num_batched_tokens:,}", _prefills(found)),
         *_section("Predicted decode, tokens/s of all sequences together (ms per token)", _decodes(found.decodes)),
         "bound by memory where nothing is said; - does not fit",
         *_section(f"Other dtypes, compared at {found.reference_context:,} tokens", _variants(found)),
-        "* the kernels read it; the engine does not store it yet",
         "",
         f"Predictions are rooflines of whole steps, computed from these ceilings ({gpu.source}); nothing was run.",
         "They are upper bounds: no kernel reaches a whole ceiling, and time between kernels is not counted.",
@@ -218,8 +209,9 @@ def _variants(found: Plan) -> list[list[str]]:
     rows = [["weights", "KV", "weights GiB", "KV bytes/token", "pool tokens", "sequences", "decode tokens/s", ""]]
     for each in found.variants:
         numbers = [f"{each.weight_bytes / GIB:,.2f}", f"{each.kv_bytes_per_token:,}"]
-        fits = [f"{each.pool_tokens:,}", f"{each.num_seqs:,}", f"{each.decode_tokens_per_s:,.0f}"]
-        kind = each.kv_cache_dtype + ("" if each.is_offered else "*")
+        fits = ["does not fit", "-", "-"]
+        if each.pool_tokens:
+            fits = [f"{each.pool_tokens:,}", f"{each.num_seqs:,}", f"{each.decode_tokens_per_s:,.0f}"]
         mark = "<- this plan" if each.is_current else ""
-        rows.append([each.dtype, kind, *numbers, *(fits if each.pool_tokens else ["does not fit", "-", "-"]), mark])
+        rows.append([each.dtype, each.kv_cache_dtype, *numbers, *fits, mark])
     return rows

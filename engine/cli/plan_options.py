@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..errors import ConfigError, describe
 from .outputs import check_output
 
 __all__ = ["PlanOptions", "numbers"]
-
-KV_CACHE_DTYPES = ("int8", "float8_e4m3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +23,6 @@ class PlanOptions:
     gpu: str = "cpu"
     """A card by name (h100, a100, l40s, 4090, ...; a wrong name lists all), a name with changes (h100,memory=40GiB), or
     memory=24GiB,bandwidth=1TB/s,flops=160TFLOP/s of any other; cpu is this machine's, measured."""
-    kv_cache_dtype: Literal["int8", "float8_e4m3"] | None = None
-    """What if keys and values were stored so. The kernels read both; the engine stores its own dtype so far."""
     context: list[str] | None = None
     """Lengths to predict, as in 2048,32768; not given: some, and the longest there is room for."""
     batch: list[str] | None = None
@@ -36,10 +31,6 @@ class PlanOptions:
     """Write everything there as JSON too; - is stdout, and then the only thing there."""
 
     def __post_init__(self) -> None:
-        if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
-            raise ConfigError(
-                f"--kv-cache-dtype is {describe(self.kv_cache_dtype)}; allowed: {', '.join(KV_CACHE_DTYPES)}"
-            )
         check_output("--json", self.json)
 
 

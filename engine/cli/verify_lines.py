@@ -40,6 +40,8 @@ def report_lines(report: Report) -> Iterator[str]:
     """Yield what was run and how near it came, line by line."""
     num_tokens = sum(number for _, number in report.texts)
     mode = ", invariant" if report.invariant else ""
+    if report.kv_cache_dtype != report.dtype:
+        mode += f", keys and values in {report.kv_cache_dtype}: hidden states are not judged, logits by their mean KL"
     yield f"{report.model}: {report.dtype} on {report.device}, {report.backend} backend{mode}"
     yield f"against {report.reference}; {len(report.texts)} texts, {num_tokens:,} tokens, {report.seconds:.0f} s"
     yield ""

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from octavo.kernels import paged_attention_decode, paged_attention_prefill, plan_write_kv, write_kv
 
 from .linear import Linear
 
-__all__ = ["Attention", "AttentionMetadata", "AttentionSlice"]
+__all__ = ["Attention", "AttentionMetadata", "AttentionSlice", "LayerCache"]
+
+
+class LayerCache(NamedTuple):
+    """The KV cache of one layer: B blocks of `block_size` slots."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    """[B, K, block_size, D] each: floating point, int8 or float8_e4m3fn."""
+    k_scale: torch.Tensor | float | None = None
+    v_scale: torch.Tensor | float | None = None
+    """What stored numbers are to be multiplied with. int8: [B, K, block_size] float32 each, written along; e4m3: one
+    number each; None: nothing."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that takes memory."""
+        return [each for each in self if isinstance(each, torch.Tensor)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +115,7 @@ class Attention:
     def __call__(
         self,
         x: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         metadata: AttentionMetadata,
         write_plan: Any = None,
     ) -> torch.Tensor:
@@ -107,7 +123,7 @@ class Attention:
 
         Args:
             x: [T, H].
-            k_cache, v_cache: [num_blocks, K, block_size, D], this layer's; written here.
+            cache: this layer's; written here.
             metadata: the step.
             write_plan: from `plan_write`.
 
@@ -120,8 +136,8 @@ class Attention:
             q,
             k,
             v,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             metadata.slot_mapping,
             positions=metadata.positions,
             cos_sin=self._cos_sin,
@@ -129,6 +145,8 @@ class Attention:
             q_norm=self._q_norm,
             k_norm=self._k_norm,
             eps=self._eps,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             plan=write_plan,
         )
         out = torch.empty((x.shape[0], self._num_q_heads, self._head_dim), dtype=x.dtype, device=x.device)
@@ -136,26 +154,30 @@ class Attention:
         if (part := metadata.decode) is not None:
             paged_attention_decode(
                 q[:split],
-                k_cache,
-                v_cache,
+                cache.k,
+                cache.v,
                 cu_seqlens_q=part.cu_seqlens_q,
                 seq_lens=part.seq_lens,
                 block_table=part.block_table,
                 scale=self._scale,
                 window=self._window,
+                k_scale=cache.k_scale,
+                v_scale=cache.v_scale,
                 plan=part.plan,
                 out=out[:split],
             )
         if (part := metadata.prefill) is not None:
             paged_attention_prefill(
                 q[split:],
-                k_cache,
-                v_cache,
+                cache.k,
+                cache.v,
                 cu_seqlens_q=part.cu_seqlens_q,
                 seq_lens=part.seq_lens,
                 block_table=part.block_table,
                 scale=self._scale,
                 window=self._window,
+                k_scale=cache.k_scale,
+                v_scale=cache.v_scale,
                 worklist=part.plan,
                 out=out[split:],
             )

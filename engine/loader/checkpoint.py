@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -20,19 +21,35 @@ from .bundled import BUNDLED, BUNDLED_SAMPLING, bundled_path
 from .dummy import fill_dummy
 from .gguf_config import ROPE_FACTORS, parse_gguf_configs, tokenizer_metadata
 from .hf_config import read_configs
+from .kv_scales import KV_SCALE, KVScales, read_kv_scales
 from .mapping import Source, gguf_sources, hf_sources, match
 from .safetensors import open_safetensors
 from .store import Entry, TensorStore
+from .transfer import Link, pieces_in_order
 
 __all__ = ["Checkpoint", "resolve_model"]
 
-CHUNK_BYTES = 4 << 20
-"""Rows are read in pieces of at most this many bytes of float32 (or one row): what a load holds beside the weights."""
+CHUNK_BYTES, LINK_CHUNK_BYTES = 4 << 20, 32 << 20
+"""Rows are read in pieces of at most this many bytes of float32 (or one row): what a load holds beside the weights, or
+in each buffer of a link."""
 FINGERPRINT_BYTES = 256
 
 Allocate = Callable[[str, tuple[int, ...]], torch.Tensor]
 OnLoaded = Callable[[str, torch.Tensor], None]
 Progress = Callable[[int, int], None]
+
+
+class _Piece(NamedTuple):
+    """Some rows of a source."""
+
+    source: Source
+    entry: Entry
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.stop - self.start) * (self.entry.num_bytes // self.entry.shape[0])
 
 
 class Checkpoint:
@@ -45,6 +62,7 @@ class Checkpoint:
         tokenizer_folder: the folder of its tokenizer.json, or None.
         tokenizer_metadata: a GGUF file's `tokenizer.*` keys and values, or None.
         shapes: every parameter's name and shape, in the order of the forward pass.
+        kv_scales: for keys and values in eight bits, by layer those of k and v; None: it has none.
     """
 
     def __init__(
@@ -56,8 +74,10 @@ class Checkpoint:
         sources: list[Source],
         ignored: tuple[str, ...] = (),
         tokenizer: Path | Mapping[str, Any] | None = None,
+        kv_scales: KVScales | None = None,
         seed: int = 0,
     ) -> None:
+        self.kv_scales = kv_scales
         self.source_name = source_name
         self.model_config, self.generation_config = configs
         self.tokenizer_folder = tokenizer if isinstance(tokenizer, Path) else None
@@ -68,12 +88,21 @@ class Checkpoint:
         self._parts: dict[str, list[tuple[Source, Entry]]] = {name: [] for name in self.shapes}
         if store is None:
             return
-        own_shapes = {name: entry.shape for name, entry in store.entries.items()}
+        own_shapes = {
+            name: entry.shape
+            for name, entry in store.entries.items()
+            if not KV_SCALE.fullmatch(name.removeprefix("model."))
+        }
         found = match(sources, own_shapes, file=store.name, ignored=ignored)
         for source in sources:
             entry = store.entries[found[source.name]]
             store.check_loadable(entry)
             self._parts[source.target].append((source, entry))
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all parameters as the files have them; 0 where weights are random."""
+        return sum(entry.num_bytes for parts in self._parts.values() for _, entry in parts)
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of all parameters in `dtype`."""
@@ -90,7 +119,14 @@ class Checkpoint:
                 digest.update(entry.file.read(entry.offset, min(FINGERPRINT_BYTES, entry.num_bytes), entry.name))
         return digest.hexdigest()[:16]
 
-    def load_weights(self, allocate: Allocate, on_loaded: OnLoaded, progress: Progress | None = None) -> None:
+    def load_weights(
+        self,
+        allocate: Allocate,
+        on_loaded: OnLoaded,
+        progress: Progress | None = None,
+        *,
+        link: Link | None = None,
+    ) -> None:
         """Read all weights, parameter by parameter in the order of the forward pass.
 
         No parameter is kept here after `on_loaded`, so that a caller may repack it and let it go.
@@ -99,60 +135,83 @@ class Checkpoint:
             allocate: gives the tensor for a parameter's name and shape: contiguous, of any floating dtype and device.
             on_loaded: called with the name and the tensor once it is complete.
             progress: called with (bytes done, bytes in all) of the checkpoint.
+            link: to the device, where it copies by itself: files are read ahead into the link's buffers, and what is
+                wrong with the values shows on the device and is told at the end. None: one piece after the other.
 
         Raises:
             CheckpointError: a tensor holds NaN or Inf or does not fit the dtype, or a file has changed since.
         """
-        entries = [entry for parts in self._parts.values() for _, entry in parts]
-        total, done = sum(entry.num_bytes for entry in entries), 0
-        files = dict.fromkeys(entry.file for entry in entries)
+        pieces = {
+            name: [piece for source, entry in parts for piece in self._cut(source, entry, link)]
+            for name, parts in self._parts.items()
+        }
+        in_order = [piece for each in pieces.values() for piece in each]
+        total, done = self.file_bytes, 0
+        files = dict.fromkeys(piece.entry.file for piece in in_order)
+        bounds: list[tuple[_Piece, torch.dtype, torch.Tensor]] = []
         for file in files:
             file.check_unchanged()
-        for name, shape in self.shapes.items():
-            tensor = allocate(name, shape)
-            assert tuple(tensor.shape) == shape, f"{name} was allocated as {tuple(tensor.shape)}, not {shape}"
-            if self._store is None:
-                fill_dummy(self.model_config, name, tensor, self._seed)
-            for source, entry in self._parts[name]:
-                for num_bytes in _fill(tensor, source, entry, self._store, self.model_config.head_dim):
-                    done += num_bytes
+
+        def read(number: int, buffer: torch.Tensor) -> torch.Tensor:
+            assert self._store is not None, "a source has a store"
+            _, entry, start, stop = in_order[number]
+            return self._store.read_rows(entry, start, stop, buffer)
+
+        with closing(pieces_in_order([piece.num_bytes for piece in in_order], read, link)) as chunks:
+            for name, shape in self.shapes.items():
+                tensor = allocate(name, shape)
+                assert tuple(tensor.shape) == shape, f"{name} was allocated as {tuple(tensor.shape)}, not {shape}"
+                if self._store is None:
+                    fill_dummy(self.model_config, name, tensor, self._seed)
+                for piece in pieces[name]:
+                    values = _put(tensor, piece, next(chunks), self.model_config.head_dim, link)
+                    bounds.append((piece, tensor.dtype, torch.stack(torch.aminmax(values))))
+                    if link is None:
+                        _check_bounds(*bounds.pop())
+                    done += piece.num_bytes
                     if progress is not None:
                         progress(done, total)
-            on_loaded(name, tensor)
-            del tensor
+                on_loaded(name, tensor)
+                del tensor
+            left = next(chunks, None)  # and with it the last copies are waited for
+            assert left is None, "a piece has been put nowhere"
+        for each in bounds:
+            _check_bounds(*each)
         for file in files:
             file.check_unchanged()
 
-
-def _fill(
-    tensor: torch.Tensor, source: Source, entry: Entry, store: TensorStore | None, head_dim: int
-) -> Iterator[int]:
-    """Copy one source into its rows of a parameter, chunk by chunk; yield each chunk's bytes."""
-    assert store is not None, "a source has a store"
-    rows = entry.shape[0]
-    row_elements = math.prod(entry.shape[1:])
-    unit = head_dim if source.layout == "paired" else 1
-    step = max(1, CHUNK_BYTES // (4 * row_elements * unit)) * unit
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        chunk = store.read_rows(entry, start, stop)
-        _check_values(chunk, tensor.dtype, entry)
-        if source.layout == "transposed":
-            target = tensor[:, start:stop]
-            chunk = chunk.T
-        else:
-            target = tensor[source.row + start : source.row + stop]
-        if source.layout == "paired":
-            pairs = chunk.view(-1, head_dim // 2, 2, row_elements)
-            target = target.view(-1, 2, head_dim // 2, row_elements)
-            chunk = pairs.transpose(1, 2)
-        with torch.no_grad():
-            target.copy_(chunk)
-        yield (stop - start) * (entry.num_bytes // rows)
+    def _cut(self, source: Source, entry: Entry, link: Link | None) -> list[_Piece]:
+        """Cut a source into pieces that are read at once."""
+        rows, row_elements = entry.shape[0], math.prod(entry.shape[1:])
+        unit = self.model_config.head_dim if source.layout == "paired" else 1
+        step = max(1, (CHUNK_BYTES if link is None else LINK_CHUNK_BYTES) // (4 * row_elements * unit)) * unit
+        return [_Piece(source, entry, start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _check_values(chunk: torch.Tensor, dtype: torch.dtype, entry: Entry) -> None:
-    low, high = (float(bound) for bound in torch.aminmax(chunk))  # a NaN anywhere makes both NaN
+@torch.no_grad()
+def _put(tensor: torch.Tensor, piece: _Piece, chunk: torch.Tensor, head_dim: int, link: Link | None) -> torch.Tensor:
+    """Copy a piece into its rows of a parameter; return its values as they were read, where they are now."""
+    source, _, start, stop = piece
+    target = tensor[:, start:stop] if source.layout == "transposed" else tensor[source.row + start : source.row + stop]
+    if link is not None:
+        is_straight = source.layout == "plain" and target.dtype == chunk.dtype
+        there = target if is_straight else torch.empty_like(chunk, device=target.device)
+        link.copy(there, chunk)
+        if is_straight:
+            return target
+        chunk = there
+    if source.layout == "paired":
+        row_elements = math.prod(chunk.shape[1:])
+        target = target.view(-1, 2, head_dim // 2, row_elements)
+        target.copy_(chunk.view(-1, head_dim // 2, 2, row_elements).transpose(1, 2))
+    else:
+        target.copy_(chunk.T if source.layout == "transposed" else chunk)
+    return chunk
+
+
+def _check_bounds(piece: _Piece, dtype: torch.dtype, bounds: torch.Tensor) -> None:
+    """Refuse a piece by its least and its greatest value: a NaN anywhere makes both NaN."""
+    entry, (low, high) = piece.entry, bounds.tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CheckpointError(entry.file.name, "holds NaN or infinite values", entry.name)
     largest, limit = max(-low, high), torch.finfo(dtype).max
@@ -200,7 +259,16 @@ def _open_folder(name: str, folder: Path, dummy: bool, seed: int) -> Checkpoint:
     ignored = ("lm_head.weight",) if configs[0].tie_embeddings else ()
     tokenizer = folder if (folder / "tokenizer.json").is_file() else None
     store = None if dummy else open_safetensors(folder)
-    return Checkpoint(name, configs, store=store, sources=sources, ignored=ignored, tokenizer=tokenizer, seed=seed)
+    return Checkpoint(
+        name,
+        configs,
+        store=store,
+        sources=sources,
+        ignored=ignored,
+        tokenizer=tokenizer,
+        kv_scales=None if store is None else read_kv_scales(store, configs[0].num_layers),
+        seed=seed,
+    )
 
 
 def _open_gguf_checkpoint(

@@ -69,30 +69,24 @@ class GGUFStore:
         self.name = name
         self.metadata = metadata
         self.entries = entries
-        self._buffer = np.empty(0, np.uint8)
 
     def check_loadable(self, entry: Entry) -> None:
         """Do nothing: opening the file has refused every type that cannot be dequantised."""
 
-    def read_rows(self, entry: Entry, start: int, stop: int) -> torch.Tensor:
-        """Read rows along the first axis, dequantised: [stop - start, *entry.shape[1:]], valid until the next call."""
-        row_bytes = entry.num_bytes // entry.shape[0]
-        num_bytes = (stop - start) * row_bytes
-        if len(self._buffer) < num_bytes:
-            self._buffer = np.empty(num_bytes, np.uint8)
-        part = self._buffer[:num_bytes]
-        entry.file.read_into(part, entry.offset + start * row_bytes, entry.name)
+    def read_rows(self, entry: Entry, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `TensorStore`; what is dequantised lies in memory of its own."""
+        part = entry.read_rows(start, stop, buffer)
         shape = (stop - start, *entry.shape[1:])
         if entry.dtype in _PLAIN:
-            return torch.from_numpy(part).view(_PLAIN[entry.dtype]).view(shape)
+            return part.view(_PLAIN[entry.dtype]).view(shape)
         kind = GGMLQuantizationType[entry.dtype]
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
         # Blocks are independent, so rows can be cut anywhere: gguf works through 16 rows at a time, and this many
         # elements per row keep its temporaries in the cache.
-        num_blocks = num_bytes // block_bytes
+        num_blocks = len(part) // block_bytes
         per_row = math.gcd(num_blocks, DEQUANTISE_ELEMENTS // 16 // block_elements)
         with np.errstate(all="ignore"):  # a damaged scale overflows here and is refused by name by the caller
-            values = dequantize(part.reshape(-1, per_row * block_bytes), kind)
+            values = dequantize(part.numpy().reshape(-1, per_row * block_bytes), kind)
         return torch.from_numpy(values).view(shape)
 
 

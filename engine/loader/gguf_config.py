@@ -119,7 +119,8 @@ def _rope(fields: Fields, head_dim: int, max_position: int, store: TensorStore) 
             raise CheckpointError(
                 store.name, f"goes with no scaling of type {kind} and head_dim {head_dim}", factors.name
             )
-        return _llama3_rope(plain, store.read_rows(factors, 0, head_dim // 2).double(), store.name)
+        buffer = torch.empty(factors.num_bytes, dtype=torch.uint8)
+        return _llama3_rope(plain, store.read_rows(factors, 0, head_dim // 2, buffer).double(), store.name)
     if kind == "none":
         return plain
     factor = fields.number(f"{key}factor", 1.0, 1e6)

@@ -28,7 +28,6 @@ MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that change the arithmetic where they are not neutral, and that none of our models has.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (),
     "compression_config": (),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
@@ -75,6 +74,16 @@ _ROPE_KEYS = frozenset(
         "finetuned",
     ]
 )
+
+
+_KV_SCHEME: Mapping[str, tuple[Any, ...]] = {
+    "num_bits": (8,),
+    "type": ("float",),
+    "strategy": ("tensor", None),
+    "dynamic": (False, None),
+    "symmetric": (True, None),
+}
+"""Of the quantisation that is supported, which is of keys and values alone."""
 
 
 def read_configs(folder: Path) -> tuple[ModelConfig, GenerationConfig]:
@@ -124,7 +133,22 @@ def parse_model_config(fields: Fields) -> ModelConfig:
             value == good and (type(value) is bool) == (type(good) is bool) for good in allowed
         ):
             raise fields.error(key, f"{' or '.join(map(str, allowed)) or 'absent'}: nothing else is supported")
+    _check_quantisation(fields)
     return _gpt2(fields) if family == "gpt2" else _rotary_decoder(fields, family)
+
+
+def _check_quantisation(fields: Fields) -> None:
+    """Refuse quantised weights; scales of keys and values are for whoever wants to use them."""
+    inner = fields.nested("quantization_config")
+    scheme = inner.nested("kv_cache_scheme")
+    is_of_keys_and_values = (
+        inner.get("quant_method") == "compressed-tensors"
+        and not any(inner.get(key) for key in ("config_groups", "sparsity_config", "transform_config"))
+        and all(scheme.get(key) in allowed for key, allowed in _KV_SCHEME.items())
+    )
+    if fields.get("quantization_config") is not None and not is_of_keys_and_values:
+        allowed = "absent, or compressed-tensors of keys and values alone: 8-bit floats, a static scale for each tensor"
+        raise fields.error("quantization_config", allowed)
 
 
 def _rotary_decoder(fields: Fields, family: Literal["llama", "mistral", "qwen2", "qwen3"]) -> ModelConfig:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import CheckpointError
@@ -38,7 +37,6 @@ class SafetensorsStore:
     def __init__(self, name: str, entries: Mapping[str, Entry]) -> None:
         self.name = name
         self.entries = entries
-        self._buffer = np.empty(0, np.uint8)
 
     def check_loadable(self, entry: Entry) -> None:
         """Raise CheckpointError if the tensor's dtype is not one that weights can have."""
@@ -46,15 +44,20 @@ class SafetensorsStore:
             allowed = ", ".join(_WEIGHT_DTYPES)
             raise CheckpointError(entry.file.name, f"has dtype {entry.dtype}; weights are {allowed}", entry.name)
 
-    def read_rows(self, entry: Entry, start: int, stop: int) -> torch.Tensor:
-        """Read rows along the first axis: [stop - start, *entry.shape[1:]], valid until the next call."""
-        row_bytes = entry.num_bytes // entry.shape[0]
-        num_bytes = (stop - start) * row_bytes
-        if len(self._buffer) < num_bytes:
-            self._buffer = np.empty(num_bytes, np.uint8)
-        part = self._buffer[:num_bytes]
-        entry.file.read_into(part, entry.offset + start * row_bytes, entry.name)
-        return torch.from_numpy(part).view(_WEIGHT_DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
+    def read_rows(self, entry: Entry, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `TensorStore`; what is returned lies in the buffer."""
+        rows = entry.read_rows(start, stop, buffer)
+        return rows.view(_WEIGHT_DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
+
+    def read_number(self, entry: Entry) -> float:
+        """Read a tensor of one element."""
+        self.check_loadable(entry)
+        if math.prod(entry.shape) != 1:
+            raise CheckpointError(
+                entry.file.name, f"has shape {list(entry.shape)}; one number is supported", entry.name
+            )
+        raw = bytearray(entry.file.read(entry.offset, entry.num_bytes, entry.name))
+        return float(torch.frombuffer(raw, dtype=_WEIGHT_DTYPES[entry.dtype])[0])
 
 
 def open_safetensors(folder: Path) -> SafetensorsStore:

@@ -17,7 +17,7 @@ from octavo.kernels import build_cos_sin
 
 from ..config import ModelConfig, RopeConfig
 from ..footprint import copies_tied_head
-from ..layers.attention import Attention, AttentionMetadata
+from ..layers.attention import Attention, AttentionMetadata, LayerCache
 from ..layers.linear import Layout, Linear, usable_layout
 from ..layers.mlp import MLP
 from ..layers.norm import Norm
@@ -30,13 +30,6 @@ Allocate = Callable[[str, tuple[int, ...]], torch.Tensor]
 OnLoaded = Callable[[str, torch.Tensor], None]
 WeightLoader = Callable[[Allocate, OnLoaded], None]
 """Fills every tensor that `allocate(name, shape)` returns and says `on_loaded(name, tensor)` as each is complete."""
-
-
-class LayerCache(NamedTuple):
-    """The KV cache of one layer: two [num_blocks, num_kv_heads, block_size, head_dim] tensors."""
-
-    k: torch.Tensor
-    v: torch.Tensor
 
 
 class _Layer(NamedTuple):
@@ -119,7 +112,7 @@ class Decoder:
         write_plan = self._layers[0].attention.plan_write(metadata, cache[0].k.shape[2], self.dtype)
         x = self._layers[0].attention_norm(residual)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache, strict=True), start=1):
-            x = layer.attention(x, layer_cache.k, layer_cache.v, metadata, write_plan)
+            x = layer.attention(x, layer_cache, metadata, write_plan)
             x = layer.mlp_norm(x, residual)
             x = layer.mlp(x)
             last = index == len(self._layers)

@@ -92,6 +92,7 @@ def _resolved(limits: SchedulerLimits) -> ResolvedConfig:
     return ResolvedConfig(
         device="cpu",
         dtype="float32",
+        kv_cache_dtype="float32",
         backend="torch",
         invariant=True,
         graphs=False,
@@ -104,6 +105,7 @@ def _resolved(limits: SchedulerLimits) -> ResolvedConfig:
         weight_layout="packed",
         weight_bytes=0,
         kv_bytes_per_token=8,
+        step_bytes=0,
         activation_bytes=0,
         choices=(),
     )

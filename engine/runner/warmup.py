@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from octavo.kernels.aot.calls import Settings
@@ -14,6 +15,9 @@ from ..errors import ConfigError
 from ..resolve import ResolvedConfig
 
 __all__ = ["kernel_models", "kernel_settings", "warm_kernels"]
+
+_CACHES: Mapping[str, Literal["int8", "e4m3"]] = {"int8": "int8", "fp8": "e4m3"}
+"""What kernels call the dtypes of keys and values that are not those of weights."""
 
 
 def warm_kernels(
@@ -51,6 +55,7 @@ def kernel_settings(resolved: ResolvedConfig) -> Settings:
     """Return what the engine's limits add to the model's sizes."""
     return Settings(
         block_size=resolved.block_size,
+        cache=_CACHES.get(resolved.kv_cache_dtype, "auto"),
         invariant=resolved.invariant,
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_num_seqs=resolved.max_num_seqs,

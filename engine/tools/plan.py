@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from ..footprint import (
     table_bytes,
     weight_groups,
 )
-from ..resolve import ResolvedConfig, resolve, ways_to_fit
+from ..resolve import ResolvedConfig, changed, resolve, ways_to_fit
 from .gpus import CUDA_CONTEXT_BYTES, GPUS, Gpu, hardware_of
 from .roofline import Roofline, StepWork
 
@@ -71,8 +71,6 @@ class Variant(NamedTuple):
     dtype: DTypeName
     kv_cache_dtype: CacheDTypeName
     is_current: bool
-    is_offered: bool
-    """Whether an engine can be told so today."""
     weight_bytes: int
     kv_bytes_per_token: int
     pool_tokens: int
@@ -92,7 +90,6 @@ class Plan:
     model: ModelConfig
     gpu: Gpu
     resolved: ResolvedConfig
-    kv_cache_dtype: CacheDTypeName
     parts: tuple[Part, ...]
     """Of the card's memory, in whole."""
     num_weights: int
@@ -143,7 +140,6 @@ def make_plan(
     model: ModelConfig,
     gpu: Gpu,
     *,
-    kv_cache_dtype: CacheDTypeName | None = None,
     contexts: Sequence[int] | None = None,
     batch_sizes: Sequence[int] | None = None,
 ) -> Plan:
@@ -153,7 +149,6 @@ def make_plan(
         config: its settings; the device is the card's.
         model: its shape.
         gpu: where it would run.
-        kv_cache_dtype: what if keys and values were stored so; None: as the engine stores them.
         contexts, batch_sizes: what to predict; None: some sizes, and the engine's limit.
 
     Raises:
@@ -162,7 +157,7 @@ def make_plan(
     """
     hardware = hardware_of(gpu)
     try:
-        resolved = resolve(config, model, hardware, kv_cache_dtype=kv_cache_dtype)
+        resolved = resolve(config, model, hardware)
     except CapacityError as error:
         ways = ways_to_fit(config, model, hardware)
         raise NoRoomError(str(error).partition("; try")[0], ways, _fitting_gpus(config, model)) from None
@@ -170,21 +165,20 @@ def make_plan(
         raise ConfigError(f"dtype is {resolved.dtype}; allowed: {', '.join(gpu.flops)}, whose rate is known")
     lengths = _sizes("context", contexts, CONTEXTS, "max_model_len", resolved.max_model_len)
     batches = _sizes("batch", batch_sizes, BATCH_SIZES, "max_num_seqs", resolved.max_num_seqs)
-    roofline = Roofline(model, gpu, dtype=resolved.dtype, kv_cache_dtype=kv_cache_dtype)
+    roofline = Roofline(model, gpu, dtype=resolved.dtype, kv_cache_dtype=resolved.kv_cache_dtype)
     reference = min(REFERENCE_CONTEXT, resolved.max_model_len)
     return Plan(
         name=config.model,
         model=model,
         gpu=gpu,
         resolved=resolved,
-        kv_cache_dtype=kv_cache_dtype or resolved.dtype,
         parts=tuple(_parts(model, resolved, gpu)),
         num_weights=num_weights(model),
         concurrency=tuple((length, _num_seqs(resolved, length)) for length in lengths),
         prefills=tuple(_prefill(roofline, resolved, length) for length in lengths),
         decodes=tuple(_decode(roofline, resolved, length, size) for size in batches for length in lengths),
         reference_context=reference,
-        variants=tuple(_variants(config, model, gpu, resolved, kv_cache_dtype, reference)),
+        variants=tuple(_variants(config, model, gpu, resolved, reference)),
     )
 
 
@@ -262,29 +256,27 @@ def _variants(
     model: ModelConfig,
     gpu: Gpu,
     current: ResolvedConfig,
-    kv_cache_dtype: CacheDTypeName | None,
     context: int,
 ) -> Iterator[Variant]:
     half: DTypeName = "float16" if "float16" in (current.dtype, model.dtype) else "bfloat16"
     wide: tuple[DTypeName, ...] = ("float32", half)
-    kinds: tuple[CacheDTypeName | None, ...] = (None, "int8", "float8_e4m3")
-    for dtype, kind in itertools.product((each for each in wide if each in gpu.flops), kinds):
+    for dtype, kind in itertools.product((each for each in wide if each in gpu.flops), ("auto", "int8", "fp8")):
+        stored: CacheDTypeName = dtype if kind == "auto" else kind  # type: ignore[assignment]
         try:
-            found = resolve(replace(config, dtype=dtype), model, hardware_of(gpu), kv_cache_dtype=kind)
+            found = resolve(changed(config, {"dtype": dtype, "kv_cache_dtype": kind}), model, hardware_of(gpu))
         except CapacityError:
             found = None
         except ConfigError:
             continue  # an invariant engine has one dtype
         num_seqs = 0 if found is None else _num_seqs(found, context)
-        step_s = Roofline(model, gpu, dtype=dtype, kv_cache_dtype=kind).step_s(StepWork.of([(1, context)] * num_seqs))
+        step_s = Roofline(model, gpu, dtype=dtype, kv_cache_dtype=stored).step_s(StepWork.of([(1, context)] * num_seqs))
         pool_tokens = 0 if found is None else found.num_blocks * found.block_size
         yield Variant(
             dtype=dtype,
-            kv_cache_dtype=kind or dtype,
-            is_current=(dtype, kind or dtype) == (current.dtype, kv_cache_dtype or current.dtype),
-            is_offered=kind is None,
+            kv_cache_dtype=stored,
+            is_current=(dtype, stored) == (current.dtype, current.kv_cache_dtype),
             weight_bytes=num_weights(model) * DTYPE_BYTES[dtype] if found is None else found.weight_bytes,
-            kv_bytes_per_token=kv_bytes_per_token(model, kind or dtype),
+            kv_bytes_per_token=kv_bytes_per_token(model, stored),
             pool_tokens=pool_tokens,
             largest_context=min(model.max_position, pool_tokens),
             num_seqs=num_seqs,
@@ -305,7 +297,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "fits": True,
         "settings": settings,
         "choices": choices,
-        "kv_cache_dtype": plan.kv_cache_dtype,
         "memory": [part._asdict() for part in plan.parts],
         "kv_bytes_per_block": resolved.block_size * resolved.kv_bytes_per_token,
         "pool_tokens": plan.pool_tokens,

@@ -99,6 +99,15 @@ def test_invariant_mode_is_refused_where_it_is_not_proved(dtype: str) -> None:
         settle(invariant=True, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_and_values_are_stored_as_is_said(dtype: str) -> None:
+    assert settle(dtype=dtype).kv_cache_dtype == dtype
+    assert settle(dtype=dtype, kv_cache_dtype="int8").kv_cache_dtype == "int8"
+    assert settle(dtype=dtype, kv_cache_dtype="fp8").kv_cache_dtype == "fp8"
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype is 'e4m3'; allowed: auto, int8, fp8"):
+        settle(kv_cache_dtype="e4m3")
+
+
 @pytest.mark.parametrize(("machine", "backend"), [(CPU, "torch"), (GPU, "triton")])
 def test_the_backend_follows_the_device_unless_it_is_named(machine: Hardware, backend: str) -> None:
     assert settle(machine).backend == backend

@@ -41,6 +41,8 @@ WARMED = [
 MORE_WARMED = [
     ("mistral", ("--num-valid-ids", "290")),
     ("gpt2", ()),
+    ("llama", ("--kv-cache-dtype", "int8")),
+    ("llama", ("--kv-cache-dtype", "fp8")),
 ]
 
 
@@ -62,13 +64,20 @@ def test_what_a_random_run_launches_has_been_compiled_and_loaded(
     assert report["is_warm"]
     assert (report["num_late"], report["late"], report["warnings"]) == (0, [], [])
     assert report["num_launched"] > 15
-    assert set(report["never_launched"]) <= {"_copy_kernel", "expand_rows_kernel"}  # no engine launches the first yet
+    assert report["never_launched"] == ["_copy_kernel"]  # and this no engine launches yet
     assert report["phase"].startswith(f"{report['num_warmed']} variants, ")
     first, *ready = report["told"]
     assert first == PHASE
     total = report["num_warmed"]
     words = [f"{PHASE}: {done} of {total}, " for done in range(1, total + 1)]
     assert all(text.startswith(word) for text, word in zip(ready, words, strict=True))
+
+
+def test_captured_steps_launch_only_what_has_been_compiled() -> None:
+    """Their tables are as wide as the longest sequence there can be, and their batches padded."""
+    report = random_engine("--graphs", "--batches=2")
+    assert (report["num_late"], report["late"], report["warnings"]) == (0, [], [])
+    assert report["num_captured"] > 10
 
 
 def test_what_the_warm_up_is_not_told_of_is_late_and_warned_of_once() -> None:
@@ -94,6 +103,13 @@ def resolved(**settings: Any) -> Any:
     hardware = Hardware("cuda", "a GPU", 2**30)
     config = EngineConfig.from_settings({"dtype": "float16", "block_size": 16} | settings)
     return resolve(config, MODEL, hardware)
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("auto", "auto"), ("int8", "int8"), ("fp8", "e4m3")])
+def test_kernels_are_compiled_for_what_keys_and_values_are_stored_as(kind: str, cache: str) -> None:
+    from octavo.engine.runner.warmup import kernel_settings
+
+    assert kernel_settings(resolved(kv_cache_dtype=kind)).cache == cache
 
 
 def test_kernels_are_compiled_for_the_model_and_the_limits() -> None:

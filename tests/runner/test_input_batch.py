@@ -7,10 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from octavo.engine.config import DTypeName, ModelConfig
-from octavo.engine.footprint import kv_pool_bytes
 from octavo.engine.runner.input_batch import ON_DEVICE, InputBatch
-from octavo.engine.runner.kv_cache import allocate_kv_cache
 from octavo.engine.runner.staging import HostCopy, Staging, room_for
 
 from .by_hand import int32, make_sequence, make_step
@@ -120,16 +117,3 @@ def test_on_a_cpu_nothing_is_copied_back() -> None:
     found = HostCopy(tensors, torch.device("cpu")).wait()
     assert [tensor.data_ptr() for tensor in found] == [tensor.data_ptr() for tensor in tensors]
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kv_cache_is_zero_and_as_large_as_said(dtype: torch.dtype) -> None:
-    config = ModelConfig("llama", 100, 64, 128, 3, 4, 2, 16, 256)
-    cache = allocate_kv_cache(config, num_blocks=5, block_size=8, dtype=dtype, device=torch.device("cpu"))
-    assert len(cache) == 3
-    tensors = [tensor for layer in cache for tensor in layer]
-    assert all(tensor.shape == (6, 2, 8, 16) and tensor.dtype is dtype for tensor in tensors)
-    assert not any(tensor.any() for tensor in tensors)
-    assert len({tensor.data_ptr() for tensor in tensors}) == 6
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    name: DTypeName = "float32" if dtype == torch.float32 else "bfloat16"
-    assert num_bytes == kv_pool_bytes(config, name, num_blocks=5, block_size=8)

@@ -116,6 +116,7 @@ class Scenario:
             self.model,
             self.gpu,
             dtype=resolved.dtype,
+            kv_cache_dtype=resolved.kv_cache_dtype,
             bandwidth_efficiency=self.efficiency,
             flops_efficiency=self.efficiency,
             launch_s=self.overhead_s / num_launches,

@@ -33,11 +33,20 @@ class Baseline:
         watched: indices of those that are compared.
         dtype: the engine's.
         tell: how far it is.
+        max_mean_kl: what keys and values stored in fewer bits may change; hidden states are then not held to anything.
+            None: they are stored in the engine's dtype.
     """
 
     def __init__(
-        self, reference: Reference, texts: Sequence[Text], watched: Sequence[int], dtype: torch.dtype, tell: Tell
+        self,
+        reference: Reference,
+        texts: Sequence[Text],
+        watched: Sequence[int],
+        dtype: torch.dtype,
+        tell: Tell,
+        max_mean_kl: float | None = None,
     ) -> None:
+        self.max_mean_kl = max_mean_kl
         self._texts = texts
         self._dtype = dtype
         self.is_watched = np.isin(np.arange(len(texts)), watched)
@@ -61,6 +70,8 @@ class Baseline:
             self.eager, self.eager_units = LogitDifferences.join(found), np.max(units, axis=0)
         self.limits = layer_limits(self.eager_units, len(self._states), dtype)
         """[num_states] what each hidden state may differ by, in units of roundoff."""
+        if max_mean_kl is not None:
+            self.limits[1:] = np.inf
 
     def _ask(self, reference: Reference, watched: Sequence[int], what: str, tell: Tell) -> list[Answers]:
         answers = []

@@ -19,7 +19,7 @@ import torch
 from ...core import EngineCore
 from ...layers.attention import AttentionMetadata
 from ...models.decoder import Decoder, LayerCache
-from ...runner.kv_cache import allocate_kv_cache
+from ...runner.kv_cache import allocate_kv_cache, allocate_like
 from ...runner.model_runner import ModelRunner
 from ...runner.sampler import Draw, SampledTokens, Sampler
 from ...sampling_params import SamplingParams
@@ -123,19 +123,27 @@ class ForcedRun:
         condition: how to cut it up.
         max_model_len: longest sequence, in tokens.
         invariant: as the decoder was built.
+        like: a cache that stores keys and values as they are to be stored; None: in the decoder's dtype.
     """
 
     def __init__(
-        self, decoder: Decoder, texts: Sequence[Text], condition: Condition, *, max_model_len: int, invariant: bool
+        self,
+        decoder: Decoder,
+        texts: Sequence[Text],
+        condition: Condition,
+        *,
+        max_model_len: int,
+        invariant: bool,
+        like: Sequence[LayerCache] | None = None,
     ) -> None:
         self.condition = condition
-        self.cache = allocate_kv_cache(
-            decoder.config,
-            num_blocks=condition.num_blocks,
-            block_size=condition.block_size,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
+        config, num_blocks, block_size = decoder.config, condition.num_blocks, condition.block_size
+        if like is not None:
+            self.cache = allocate_like(like, config, num_blocks=num_blocks, block_size=block_size)
+        else:
+            self.cache = allocate_kv_cache(
+                config, num_blocks=num_blocks, block_size=block_size, dtype=decoder.dtype, device=decoder.device
+            )
         self.scheduler = Scheduler(condition.limits(decoder.config.vocab_size, max_model_len), time.monotonic)
         self._texts = texts
         self._tap = _Tap(decoder)

@@ -26,7 +26,7 @@ from .forced import state_names
 from .judge import OpRecord
 from .ops import place_of
 from .reference import Reference
-from .report import ORDER, ConditionResult, Finding, Report
+from .report import ORDER, QUANTISED_KL, ConditionResult, Finding, Report
 from .texts import Text, make_texts
 from .torch_reference import TorchReference
 from .transformers_reference import TransformersReference
@@ -84,7 +84,7 @@ class _Verifier:
         runner = engine.core.runner
         assert isinstance(runner, ModelRunner), "there is a model to verify"
         self._engine = engine
-        self._decoder = runner.model
+        self._decoder, self._cache = runner.model, runner.cache
         self._texts = texts
         self._on_progress = tell
         self._done = 0
@@ -103,7 +103,15 @@ class _Verifier:
         start = time.monotonic()
         self._tell("load the reference", 0)
         self._reference = reference = self._make_reference(against)
-        self._baseline = baseline = Baseline(reference, self._texts, self._watched, self._decoder.dtype, self._tell)
+        resolved = self._engine.resolved
+        self._baseline = baseline = Baseline(
+            reference,
+            self._texts,
+            self._watched,
+            self._decoder.dtype,
+            self._tell,
+            QUANTISED_KL.get(resolved.kv_cache_dtype),
+        )
         weights: tuple[Finding, ...] = ()
         if reference.checks_weights:
             self._tell("compare the weights", 0)
@@ -112,13 +120,13 @@ class _Verifier:
                 for wrong in wrong_weights(self._decoder, reference.parameters)
             )
         results = tuple(self._verify(condition, every_step) for condition in self._conditions)
-        resolved = self._engine.resolved
         return Report(
             model=self._engine.config.model,
             reference=reference.title,
             against=against,
             device=resolved.device,
             dtype=resolved.dtype,
+            kv_cache_dtype=resolved.kv_cache_dtype,
             backend=resolved.backend,
             invariant=resolved.invariant,
             seconds=time.monotonic() - start,
@@ -202,6 +210,7 @@ class _Verifier:
             self._records,
             max_model_len=resolved.max_model_len,
             invariant=resolved.invariant,
+            like=self._cache,
             stop_at=stop_at or self._stop_at,
             every_step=every_step,
             until_op=until_op,

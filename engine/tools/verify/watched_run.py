@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...models.decoder import Decoder
+from ...models.decoder import Decoder, LayerCache
 from ...step import SchedulerOutput
 from .baseline import Baseline
 from .comparison import LogitDifferences
@@ -40,6 +40,7 @@ class WatchedRun:
         parameters: the reference's.
         records: of all ops replayed, added to.
         max_model_len, invariant: the engine's.
+        like: the engine's KV cache; conditions have their own.
         stop_at: (text, position) after whose step to stop; None: run to the end.
         every_step: replay every op of every step, in all its rows; else of the first step of each kind.
         until_op: stop at the first wrong op.
@@ -57,6 +58,7 @@ class WatchedRun:
         *,
         max_model_len: int,
         invariant: bool,
+        like: Sequence[LayerCache],
         stop_at: tuple[int, int] | None = None,
         every_step: bool = False,
         until_op: bool = False,
@@ -71,7 +73,7 @@ class WatchedRun:
         self._every_step = every_step
         self._until_op = until_op
         self._on_step = on_step
-        self._run = ForcedRun(decoder, texts, condition, max_model_len=max_model_len, invariant=invariant)
+        self._run = ForcedRun(decoder, texts, condition, max_model_len=max_model_len, invariant=invariant, like=like)
         self._metadata = MetadataDetector(texts, condition.num_blocks, condition.block_size)
         self._ops = OpDetector(decoder, self._run.cache, parameters)
         self._expected: ExpectedStep | None = None
@@ -204,7 +206,7 @@ class WatchedRun:
 
     def _judge_logits(self) -> None:
         texts, positions, steps, logits = self._joined()
-        fault = logits_fault(logits, self._baseline.eager, self._decoder.dtype)
+        fault = logits_fault(logits, self._baseline.eager, self._decoder.dtype, self._baseline.max_mean_kl)
         if fault is not None:
             at, message = fault
             text, position = int(texts[at]), int(positions[at])

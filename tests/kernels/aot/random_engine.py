@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", choices=CONFIGS, default="llama")
     parser.add_argument("--num-valid-ids", type=int, help="that a tokenizer has; by default there is none")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--forget", default="", help="a kernel that the warm-up is not told of")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -216,6 +218,7 @@ def main() -> None:
             llm = LLM(
                 folder, load_format="dummy", backend="triton", device="cpu", dtype="float32", block_size=16,
                 kv_cache_tokens=4096, max_num_seqs=16, max_num_batched_tokens=200, on_phase=told.append,
+                kv_cache_dtype=arguments.kv_cache_dtype, graphs=arguments.graphs,
             )  # fmt: skip
         num_warmed, num_loaded = len(compiled), sum(each.is_loaded for each in compiled)
         launched_before = sum(each.num_launches for each in compiled)
@@ -224,6 +227,7 @@ def main() -> None:
             prompts, params = zip(*random_batch(rng), strict=True)
             llm.generate(prompts, params)
     launched = [each for each in compiled if each.num_launches]
+    graphs = llm.engine.core.runner.graphs  # type: ignore[attr-defined]
     report = {
         "phase": next(phase.detail for phase in llm.engine.phases if phase.name == "compile the kernels"),
         "told": [text for text in told if text.startswith("compile")],
@@ -235,6 +239,7 @@ def main() -> None:
         "late": [each.kernel for each in compiled[num_warmed:]],
         "never_launched": sorted({each.kernel for each in compiled} - {each.kernel for each in launched}),
         "num_launched": len(launched),
+        "num_captured": 0 if graphs is None else graphs.counts["captured"],
         "warnings": warnings,
     }
     print(json.dumps(report))

@@ -53,7 +53,7 @@ def test_weights_and_keys_and_values(name: str) -> None:
     assert num_weights(model) == sum(BY_HAND[name].values()) == TOTALS[name]
     assert kv_bytes_per_token(model, "bfloat16") == KV_BYTES[name]
     assert kv_bytes_per_token(model, "float32") == 2 * KV_BYTES[name]
-    assert kv_bytes_per_token(model, "float8_e4m3") == KV_BYTES[name] // 2
+    assert kv_bytes_per_token(model, "fp8") == KV_BYTES[name] // 2
     # With int8 goes a float32 scale for each head of k and of v.
     assert kv_bytes_per_token(model, "int8") == KV_BYTES[name] // 2 + 2 * model.num_layers * model.num_kv_heads * 4
     assert kv_pool_bytes(model, "bfloat16", num_blocks=10, block_size=16) == 11 * 16 * KV_BYTES[name]

@@ -132,7 +132,7 @@ def test_what_fits_nowhere_says_so(plan: Run, tmp_path: Path) -> None:
         ([LLAMA, "--gpu", "h100", "--device", "cpu"], "device is 'cpu' and --gpu is 'h100'; allowed: cuda, or auto"),
         (
             [LLAMA, "--gpu", "h100", "--kv-cache-dtype", "int4"],
-            "--kv-cache-dtype is 'int4'; allowed: int8, float8_e4m3",
+            "kv_cache_dtype is 'int4'; allowed: auto, int8, fp8",
         ),
         ([LLAMA, "--gpu", "h100", "--context", "1,x"], "--context is 'x'; allowed: integers above 0"),
         ([LLAMA, "--gpu", "h100", "--batch", "0"], "--batch is '0'; allowed: integers above 0"),
@@ -151,18 +151,19 @@ def test_what_cannot_be_planned(plan: Run, words: list[str], said: str) -> None:
     assert said in ran.err
 
 
-def test_a_what_if_is_called_one(plan: Run) -> None:
-    ran = plan(LLAMA, "--gpu", "h100", "--kv-cache-dtype", "int8")
-    assert "KV: 67,584 bytes per token in int8, " in ran.out
-    assert "\nWhat if: the engine stores bfloat16 so far\n" in ran.out
-    assert "int8*" in next(line for line in ran.out.splitlines() if "<- this plan" in line)
+@pytest.mark.parametrize(("kind", "num_bytes"), [("int8", "67,584"), ("fp8", "65,536")])
+def test_keys_and_values_of_fewer_bits(kind: str, num_bytes: str, plan: Run) -> None:
+    ran = plan(LLAMA, "--gpu", "h100", "--kv-cache-dtype", kind)
+    assert f"KV: {num_bytes} bytes per token in {kind}, " in ran.out
+    assert f"bfloat16  {kind}" in next(line for line in ran.out.splitlines() if "<- this plan" in line)
 
 
-def test_what_does_not_even_fit_so_is_offered_what_the_engine_can_do(plan: Run) -> None:
-    words = (LLAMA, "--gpu", "3090", "--max-model-len", "131072")
-    ran = plan(*words, "--kv-cache-dtype", "int8")
+def test_what_does_not_fit_may_fit_in_fewer_bits(plan: Run) -> None:
+    words = (LLAMA, "--gpu", "3090", "--max-model-len", "65536")
+    ran = plan(*words)
     assert ran.status == 1
-    assert ran.err.partition("\n")[2] == plan(*words).err.partition("\n")[2]
+    assert "--max-model-len 65536 --kv-cache-dtype fp8" in ran.err or "--kv-cache-dtype fp8" in ran.err
+    assert plan(*words, "--kv-cache-dtype", "fp8").status == 0
 
 
 def test_a_server_s_file_serves_for_a_plan(plan: Run, tmp_path: Path) -> None:

@@ -74,10 +74,10 @@ def test_keys_and_values_of_fewer_bits_are_read_in_less_time() -> None:
     work = StepWork.of([(1, 100_000)])
     times = {
         name: Roofline(LLAMA, card(1e12, ENDLESS), dtype="bfloat16", kv_cache_dtype=name).step_s(work)
-        for name in ("bfloat16", "int8", "float8_e4m3")
+        for name in ("bfloat16", "int8", "fp8")
     }
-    assert times["bfloat16"] - times["float8_e4m3"] == pytest.approx(100_001 * 65_536 / 1e12)
-    assert times["int8"] - times["float8_e4m3"] == pytest.approx(100_001 * 2 * 32 * 8 * 4 / 1e12)
+    assert times["bfloat16"] - times["fp8"] == pytest.approx(100_001 * 65_536 / 1e12)
+    assert times["int8"] - times["fp8"] == pytest.approx(100_001 * 2 * 32 * 8 * 4 / 1e12)
 
 
 def test_a_window_bounds_what_is_read_and_what_is_multiplied() -> None:

@@ -84,6 +84,7 @@ def test_every_way_out_is_one(count: Callable[[int, int], int], seed: int) -> No
             "max_num_batched_tokens": rng.choice([None, 64, 10**4, 10**6]),
             "max_num_seqs": rng.choice([1, 8, 256]),
             "block_size": rng.choice([16, 64]),
+            "kv_cache_dtype": rng.choice(["auto", "auto", "int8", "fp8"]),
         }
         wanted = config(**settings)
         try:
@@ -108,6 +109,19 @@ def test_every_way_out_is_one(count: Callable[[int, int], int], seed: int) -> No
     assert num_ways > 20
 
 
+@pytest.mark.parametrize(
+    ("settings", "ways"),
+    [
+        ({"max_model_len": 100_000}, [{"kv_cache_dtype": "fp8"}]),
+        ({"max_model_len": 100_000, "kv_cache_dtype": "int8"}, []),
+    ],
+)
+def test_keys_and_values_of_fewer_bits_are_a_way_out(settings: dict[str, Any], ways: list[dict[str, Any]]) -> None:
+    """Where the pool is too small for the longest sequence, and not where they have few bits already."""
+    found = ways_to_fit(config(**settings, gpu_memory_utilization=0.97), LLAMA, Hardware("cuda", "a GPU", 26 * GIB))
+    assert [way for way in found if "kv_cache_dtype" in way][:1] == ways
+
+
 def test_settings_are_written_as_flags() -> None:
     written = flags({"max_model_len": 10, "dtype": "bfloat16", "invariant": True, "prefix_caching": False})
     assert written == "--max-model-len 10 --dtype bfloat16 --invariant --no-prefix-caching"
@@ -124,8 +138,9 @@ def test_other_dtypes_are_what_a_plan_of_them_says() -> None:
     plan = make_plan(EngineConfig(), LLAMA, find_gpu("a100"))
     assert [each.is_current for each in plan.variants] == [False, False, False, True, False, False]
     for each in plan.variants:
-        kind = None if each.is_offered else each.kv_cache_dtype
-        other = make_plan(config(dtype=each.dtype), LLAMA, find_gpu("a100"), kv_cache_dtype=kind, contexts=[8192])
+        kind = "auto" if each.kv_cache_dtype == each.dtype else each.kv_cache_dtype
+        wanted = config(dtype=each.dtype, kv_cache_dtype=kind)
+        other = make_plan(wanted, LLAMA, find_gpu("a100"), contexts=[8192])
         assert (other.pool_tokens, dict(other.concurrency)[8192]) == (each.pool_tokens, each.num_seqs)
         assert (other.resolved.weight_bytes, other.resolved.kv_bytes_per_token) == (
             each.weight_bytes,
