@@ -234,8 +234,8 @@ def floors_of(llm: LLM, work: StepWork, ceilings: Mapping[str, float]) -> dict[s
     """Return the floors of a step's parts, or nothing where the ceilings were not measured."""
     if not {"copy_bytes_per_s", "matmul_flops_per_s"} <= set(ceilings):
         return {}
-    resolved, names = llm.engine.resolved, {"int8": "int8", "fp8": "float8_e4m3"}
-    stored = names.get(getattr(llm.engine.config.cache, "kv_cache_dtype", "auto"))
+    resolved, cache = llm.engine.resolved, llm.engine.config.cache
+    stored = None if cache.kv_cache_dtype == "auto" else cache.kv_cache_dtype
     gpu = measured_gpu(ceilings, resolved.dtype)
     return step_floors(llm.engine.model_config, gpu, work, dtype=resolved.dtype, kv_cache_dtype=stored)
 

@@ -119,14 +119,20 @@ def test_a_setting_that_is_not_there_is_said(small_steps: None) -> None:
         steps.Engine("tiny", (steps.Size(1, 2000),), device="cpu", dtype="float32").get({})
 
 
-def test_keys_and_values_as_they_are(small_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "setting_names", lambda: {"kv_cache_dtype": "cache"})
+@pytest.mark.parametrize(("dtype", "bytes_per_head"), [("auto", 16 * 4), ("int8", 16 + 4), ("fp8", 16)])
+def test_keys_and_values_in_other_dtypes(small_steps: None, dtype: str, bytes_per_head: int) -> None:
     size = steps.Size(2, 20)
     engine = steps.Engine("tiny", (size,), device="cpu", dtype="float32")
-    monkeypatch.setattr(steps, "LLM", lambda *args, kv_cache_dtype, **settings: kv.LLM(*args, **settings))
-    found = kv.run(engine, "auto", size, RATES)
-    assert found["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    found = kv.run(engine, dtype, size, {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1e30})
+    assert found["kv_bytes_per_token"] == 2 * 2 * 2 * bytes_per_head
     assert found["end_to_end_tokens_per_s"] > 0
+    # With memory alone to wait for, a dtype moves the floor by just the keys and values that it makes smaller.
+    work = steps.work_now(engine.get({"kv_cache_dtype": dtype}), size, 0, 0.0)
+    llm, rates = engine.get({"kv_cache_dtype": dtype}), {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1e30}
+    attention = steps.floors_of(llm, work, rates)["attention"]
+    wide = floors.step_floors(llm.engine.model_config, floors.measured_gpu(rates, "float32"), work, dtype="float32")
+    tokens = work.kv_tokens_read + work.num_tokens
+    assert wide["attention"].num_bytes - attention.num_bytes == tokens * 8 * (16 * 4 - bytes_per_head)
 
 
 SCALE = side.Scale(5, 4, 30, 6, 3, (200.0,), num_rounds=2, online_s=0.02)
