@@ -41,6 +41,8 @@ def run(
             on_progress(progress)
 
     answers = llm.generate([task.prompt for task in tasks], [task.params for task in tasks], on_progress=check)
+    if scheduler.has_unfinished:  # where steps overlap, one may be out whose every row has ended meanwhile
+        llm.step()
     assert_idle(llm)
     return answers
 

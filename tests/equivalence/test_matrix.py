@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from octavo.engine.layers import linear
-from octavo.engine.llm import LLM, GenerationProgress
+from octavo.engine.llm import LLM
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import FinishReason, RequestOutput
 from octavo.kernels.attention import gather
@@ -21,6 +21,7 @@ from octavo.kernels.attention import gather
 from ..checkpoints import VOCAB_SIZE, make_prompts
 from .conftest import MakeLLM
 from .runs import Task, all_bits, assert_same, run, run_alone
+from .storm import Storm
 
 Answers = dict[bool, list[RequestOutput]]
 
@@ -138,31 +139,6 @@ def test_negative_control_wrong_token(expected: Answers, make_llm: MakeLLM, task
 
 POISON = VOCAB_SIZE - 1
 """An id that the tokenizer does not have: it is taken in a prompt and never sampled."""
-
-
-class Storm:
-    """Adds requests beside a run and aborts them at random moments."""
-
-    def __init__(self, llm: LLM, rng: random.Random, prompts: list[list[int]]) -> None:
-        self._core = llm.engine.core
-        self._rng = rng
-        self._prompts = prompts
-        self._alive: list[str] = []
-        self.num_aborted = 0
-
-    def __call__(self, progress: GenerationProgress) -> None:
-        if progress.num_finished < progress.num_requests:
-            for _ in range(self._rng.randint(0, 4)):
-                request_id = f"storm-{self.num_aborted + len(self._alive)}"
-                params = SamplingParams(max_tokens=50, n=self._rng.randint(1, 2))
-                self._core.add_request(request_id, self._rng.choice(self._prompts), params, stream=True)
-                self._alive.append(request_id)
-        self._rng.shuffle(self._alive)
-        num_kept = 0 if progress.num_finished == progress.num_requests else self._rng.randint(0, 6)
-        for request_id in self._alive[num_kept:]:
-            self._core.abort(request_id)
-            self.num_aborted += 1
-        del self._alive[num_kept:]
 
 
 @pytest.mark.parametrize("settings", [{}, {"kv_cache_tokens": 256, "max_num_batched_tokens": 32}])
