@@ -30,6 +30,7 @@ PROMPTS = ([3] * 530, [4] * 20, [5] * 7)  # one of more than a split
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", choices=CONFIGS, default="llama")
+    parser.add_argument("--graphs", action="store_true", help="run the stand-in of captured graphs")
     arguments = parser.parse_args()
     launches: list[str] = []
     steps: list[list[str]] = []
@@ -50,7 +51,7 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIGS[arguments.config]))
         llm = LLM(
             folder, load_format="dummy", backend="triton", device="cpu", dtype="float32", block_size=16,
-            kv_cache_tokens=4096, max_num_seqs=16, max_num_batched_tokens=600,
+            kv_cache_tokens=4096, max_num_seqs=16, max_num_batched_tokens=600, graphs=arguments.graphs,
         )  # fmt: skip
         answer_with_reference("sample", "log_softmax_top", "expand_rows")
         with mock.patch.object(Nothing, "run", noted_run), mock.patch.object(EngineCore, "step", noted_step):

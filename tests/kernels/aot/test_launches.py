@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
+import octavo.kernels
 import pytest
 
 from .programs import output_of, run_program
 
 MAX_PER_LAYER, MAX_OUTSIDE = 6, 8
+NUM_LAYERS = 2
 
 
 @functools.cache
-def launched(config: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(output_of("decode_launches.py", f"--config={config}"))
+def launched(config: str, *flags: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(output_of("decode_launches.py", f"--config={config}", *flags))
     return report
 
 
@@ -32,16 +35,31 @@ def taken_apart(step: list[str]) -> tuple[list[str], list[str]]:
     return layer, step[:first] + step[second + size :]
 
 
-@pytest.mark.parametrize("config", ["llama", "qwen3, a window in one layer", "gpt2"])
-def test_a_decode_step_launches_few_kernels(config: str) -> None:
-    report = launched(config)
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [("llama", ()), ("qwen3, a window in one layer", ()), ("gpt2", ()), ("llama", ("--graphs",))],
+)
+def test_a_decode_step_launches_few_kernels(config: str, flags: tuple[str, ...]) -> None:
+    report = launched(config, *flags)
     assert report["num_late"] == 0
     for kind, steps in report["steps"].items():
-        assert len(steps) >= 2, f"{kind}: no step without a prompt"
-        for step in steps:
+        # A step that captures a graph runs what it captures more than once.
+        replayed = [step for step in steps if step.count("_write_kernel") == NUM_LAYERS]
+        assert replayed == steps or "--graphs" in flags
+        assert len(replayed) >= 2, f"{kind}: no step without a prompt"
+        for step in replayed:
             layer, outside = taken_apart(step)
             assert len(layer) <= MAX_PER_LAYER, f"{kind}: {len(layer)} launches per layer: {layer}"
             assert len(outside) <= MAX_OUTSIDE, f"{kind}: {len(outside)} launches outside the layers: {outside}"
+
+
+def test_the_readme_names_the_launches() -> None:
+    layer, outside = (
+        f"{len(kernels)}: {', '.join(f'`{kernel}`' for kernel in kernels)}"
+        for kernels in taken_apart(launched("llama")["steps"]["greedy"][-1])
+    )
+    readme = " ".join((Path(octavo.kernels.__file__).parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"launches per layer {layer}; outside of the layers {outside}." in readme
 
 
 def test_a_launch_depends_on_shapes_and_promises_alone() -> None:
