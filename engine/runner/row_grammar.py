@@ -82,10 +82,10 @@ class RowGrammar:
             self._next = self._next.result()
         return self._next
 
-    def accept(self, token_id: int, position: int) -> bool:
+    def accept(self, token_id: int, position: int, workers: MaskWorkers) -> bool:
         """Take over the token that was sampled at a position; return whether the output ends with it.
 
-        A stop token ends it, too, which is for whoever counts them to say.
+        A stop token ends it, too, which is for whoever counts them to say. Otherwise the next mask is begun at once.
         """
         self._next = None
         if token_id in self._stop_ids:
@@ -94,6 +94,7 @@ class RowGrammar:
         if self._state.must_end:
             return True
         if not self._state.may_end:
+            self.prepare(position + 1, workers)
             return False
         self._next = self._compute(position + 1)
         return not self._next.any()

@@ -96,50 +96,127 @@ def new_sequence(rng: np.random.Generator) -> Sequence:
     )
 
 
-def check_life(sampler_class: Any, seed: int, num_steps: int = 60) -> None:
-    """Start, stop, preempt and resume sequences at random; every token and every report must be the oracle's."""
-    rng = np.random.default_rng(seed)
-    sampler = sampler_class(MAX_NUM_SEQS, VOCAB_SIZE, num_valid_ids=NUM_VALID_IDS)
-    running: dict[int, Sequence] = {}
-    preempted: list[Sequence] = []
-    unsure = sampled = 0
-    for _ in range(num_steps):
-        for row in list(running):
-            if (chance := rng.random()) < 0.15:
-                sampler.remove(row)
-                sequence = running.pop(row)
+@dataclass
+class Drawn:
+    """A draw, and what its rows were when it was launched."""
+
+    draw: Any
+    rows: list[int]
+    logits: np.ndarray
+    bad_at: int
+    tenants: list[Tenant]
+
+
+@dataclass(eq=False)
+class Tenant:
+    """A sequence for as long as it keeps its row."""
+
+    sequence: Sequence
+    in_flight: int = 0
+
+    @property
+    def position(self) -> int:
+        return len(self.sequence.prompt) + len(self.sequence.output) + self.in_flight
+
+
+@dataclass
+class Life:
+    """A sampler's rows over many steps; of two steps in flight the second may be launched before the first is known."""
+
+    sampler: Any
+    rng: np.random.Generator
+    is_ahead: bool
+    running: dict[int, Tenant] = field(default_factory=dict)
+    preempted: list[Sequence] = field(default_factory=list)
+    pending: list[Drawn] = field(default_factory=list)
+    unsure: int = 0
+    sampled: int = 0
+    ahead: int = 0
+
+    def come_and_go(self) -> None:
+        for row in list(self.running):
+            if (chance := self.rng.random()) < 0.15:
+                self.sampler.remove(row)
+                tenant = self.running.pop(row)
                 if chance < 0.08:
-                    preempted.append(sequence)
-        for row in rng.permutation(MAX_NUM_SEQS).tolist():
-            if row not in running and rng.random() < 0.7:
-                running[row] = preempted.pop() if preempted else new_sequence(rng)
-                running[row].add_to(sampler, row)
-        rows = rng.permutation(list(running))[: rng.integers(1, MAX_NUM_SEQS + 1)].astype(np.int32)
-        logits = rng.standard_normal((len(rows), VOCAB_SIZE)).astype(np.float32)
-        bad_at = int(rng.integers(len(rows))) if rng.random() < 0.1 else -1
+                    self.preempted.append(tenant.sequence)
+        for row in self.rng.permutation(MAX_NUM_SEQS).tolist():
+            if row not in self.running and self.rng.random() < 0.7:
+                sequence = self.preempted.pop() if self.preempted else new_sequence(self.rng)
+                self.running[row] = Tenant(sequence)
+                sequence.add_to(self.sampler, row)
+
+    def launch(self, rows: np.ndarray) -> None:
+        logits = self.rng.standard_normal((len(rows), VOCAB_SIZE)).astype(np.float32)
+        bad_at = int(self.rng.integers(len(rows))) if self.rng.random() < 0.1 else -1
         if bad_at >= 0:
             logits[bad_at, 1] = np.nan
-        sequences = [running[row] for row in rows.tolist()]
-        positions = np.array([len(sequence.prompt) + len(sequence.output) for sequence in sequences])
-        found = sampler.sample(torch.from_numpy(logits), rows, positions)
-        assert (found.failed is None) == (bad_at < 0)
-        wanted = {at for at, sequence in enumerate(sequences) if sequence.params.logprobs is not None} - {bad_at}
+        tenants = [self.running[row] for row in rows.tolist()]
+        if self.pending and self.stalls(tenants):
+            self.land()
+        positions = np.array([tenant.position for tenant in tenants])
+        self.sampler.prepare(rows, positions)
+        if self.pending and self.sampler.needs_host(rows):
+            self.land()
+        self.ahead += len(self.pending)
+        draw = self.sampler.launch(torch.from_numpy(logits), rows, positions)
+        for tenant in tenants:
+            tenant.in_flight += 1
+        self.pending.append(Drawn(draw, rows.tolist(), logits, bad_at, tenants))
+        if len(self.pending) > self.is_ahead:
+            self.land()
+
+    def stalls(self, tenants: list[Tenant]) -> bool:
+        """Whether the position of a token is not what it was said to be: a row that failed samples it again."""
+        drawn = self.pending[0]
+        return drawn.bad_at >= 0 and drawn.tenants[drawn.bad_at] in tenants
+
+    def land(self) -> None:
+        drawn = self.pending.pop(0)
+        found = drawn.draw.wait()
+        token_ids = drawn.draw.token_ids
+        assert token_ids.dtype == torch.int32
+        assert token_ids.tolist() == found.token_ids.tolist()
+        assert (found.failed is None) == (drawn.bad_at < 0)
+        wanted = {at for at, each in enumerate(drawn.tenants) if each.sequence.params.logprobs is not None}
+        wanted -= {drawn.bad_at}
         assert found.logprobs.keys() == wanted
-        for at, sequence in enumerate(sequences):
-            if at == bad_at:
+        for at, tenant in enumerate(drawn.tenants):
+            tenant.in_flight -= 1
+            if at == drawn.bad_at:
                 assert found.failed[at]
-                continue
-            token_id, ahead = sequence.expected(logits[at].astype(np.float64)).token()
-            sampled += 1
-            if ahead < 1e-4:
-                unsure += 1
-            else:
-                assert int(found.token_ids[at]) == token_id, f"{sequence}"
-            sequence.output.append(int(found.token_ids[at]))
-            if at in wanted:
-                assert_logprobs(found.logprobs[at], logits[at], sequence)
-    assert sampled > num_steps
-    assert unsure <= 1 + sampled // 100
+                assert at not in found.errors
+            elif self.running.get(drawn.rows[at]) is tenant:
+                self.check(tenant.sequence, int(found.token_ids[at]), drawn.logits[at])
+                if at in wanted:
+                    assert_logprobs(found.logprobs[at], drawn.logits[at], tenant.sequence)
+
+    def check(self, sequence: Sequence, found: int, logits: np.ndarray) -> None:
+        token_id, ahead = sequence.expected(logits.astype(np.float64)).token()
+        self.sampled += 1
+        if ahead < 1e-4:
+            self.unsure += 1
+        else:
+            assert found == token_id, f"{sequence}"
+        sequence.output.append(found)
+
+
+def check_life(sampler_class: Any, seed: int, num_steps: int = 60, *, is_ahead: bool = False) -> None:
+    """Start, stop, preempt and resume sequences at random; every token and every report must be the oracle's."""
+    rng = np.random.default_rng(seed)
+    life = Life(sampler_class(MAX_NUM_SEQS, VOCAB_SIZE, num_valid_ids=NUM_VALID_IDS), rng, is_ahead)
+    rows = np.empty(0, dtype=np.int32)
+    for _ in range(num_steps):
+        if not len(rows) or rng.random() < 0.35:
+            life.come_and_go()
+        if not len(rows) or not life.running.keys() >= set(rows.tolist()) or rng.random() < 0.35:
+            rows = rng.permutation(list(life.running))[: rng.integers(1, MAX_NUM_SEQS + 1)].astype(np.int32)
+        life.launch(rows)
+    while life.pending:
+        life.land()
+    assert life.sampled > num_steps
+    assert life.unsure <= 1 + life.sampled // 100
+    assert (life.ahead > num_steps // 6) == is_ahead
 
 
 def assert_logprobs(entry: Any, logits: np.ndarray, sequence: Sequence) -> None:

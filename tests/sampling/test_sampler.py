@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from octavo.engine.runner import draw, row_extras, row_settings
 from octavo.engine.runner import sampler as module
 from octavo.engine.runner.sampler import Sampler, logprob_entries
 from octavo.engine.sampling_params import SamplingParams
@@ -17,47 +19,50 @@ from ..kernels.sampling.mutants import Mutant, planted
 from .sampler_checks import check_life
 
 MUTANTS = [
-    Mutant("features of the batch position", "extras = self._extras_of(int(rows[at]))\n            if", "extras = self._extras[at] or self._extras_of(int(rows[at]))\n            if"),
-    Mutant("bias on the neighbour's row", "tensor(np.repeat([at for at, _, _ in bias]", "tensor(np.repeat([at ^ 1 if at ^ 1 < len(rows) else at for at, _, _ in bias]"),
-    Mutant(
-        "bias stays after its request has left",
-        "self._extras[row] = extras\n",
-        "self._extras[row] = extras = extras or self._extras[row]\n",
-        also=(("self._extras[row] = None", "pass"),),
-    ),
-    Mutant("new tokens are not counted", "self._num_seen[rows] += is_new", "self._num_seen[rows] += 0"),
-    Mutant("penalties see the row's last tenant", "self._num_seen[row] = len(seen)", "self._num_seen[row] = max(len(seen), self._num_seen[row])"),
-    Mutant("penalties see a neighbour's token", "rows[at_penalised], token_ids[at_penalised]", "rows[at_penalised], token_ids[: len(at_penalised)]"),
-    Mutant("penalties forget outputs at preemption", "outputs = np.asarray(output_token_ids,", "outputs = np.asarray(output_token_ids[:0],"),
-    Mutant("counts restart at preemption", "np.searchsorted(seen, outputs)", "np.searchsorted(seen, outputs[:1])"),
-    Mutant("penalty strengths of the batch position", "presence=tensor(self._presence[penalised])", "presence=tensor(self._presence[at])"),
-    Mutant("min_tokens one too few", "stops_from=num_prompt_tokens + params.min_tokens", "stops_from=num_prompt_tokens + params.min_tokens - 1"),
-    Mutant("min_tokens one too many", "stops_from=num_prompt_tokens + params.min_tokens", "stops_from=num_prompt_tokens + params.min_tokens + 1"),
-    Mutant("min_tokens ignored", "[self.stops, self.banned] if", "[self.banned] if"),
-    Mutant("bad words do not follow the output", "self.tail.append(token_id)", "self.tail.append(self.tail[-1])"),
-    Mutant("bad words do not see the prompt", "if missing := max_tail - len(tail):", "if missing := 0:"),
-    Mutant("bad words of one token ignored", "if len(ids) == 1], dtype", "if len(ids) == 0], dtype"),
-    Mutant("seed of another row", "seed=tensor(self._seed[rows])", "seed=tensor(np.roll(self._seed[rows], 1))"),
-    Mutant("choice ignored", "self._choice[row] = choice", "self._choice[row] = 0"),
-    Mutant("position one late", "tensor(np.asarray(positions, dtype=np.int64))", "tensor(np.asarray(positions + 1, dtype=np.int64))"),
-    Mutant("top_p of the batch position", "tensor(self._top_p[rows])", "tensor(self._top_p[: len(rows)])"),
-    Mutant("log-probabilities of another row", "logits[index], token_ids[index]", "logits[: len(at)], token_ids[index]"),
-    Mutant("log-probabilities include ids that do not exist", "logits = logits[:, : self._num_valid_ids]", "logits = logits[:, :]"),
+    (row_settings, Mutant("seed of another row", "{name: array[rows] for", "{name: np.roll(array[rows], name == 'seed') for")),
+    (row_settings, Mutant("choice ignored", "self._choice[row] = choice", "self._choice[row] = 0")),
+    (row_settings, Mutant("top_p of the batch position", "{name: array[rows] for", "{name: array[rows if name != 'top_p' else slice(len(rows))] for")),
+    (row_settings, Mutant("penalty strengths of the batch position", "self._strengths[:, rows]", "self._strengths[:, : len(rows)]")),
+    (row_extras, Mutant("bias on the neighbour's row", "LogitBias(*upload(staging, *_columns(bias)))", "LogitBias(*upload(staging, *_columns([(at ^ 1 if at ^ 1 < len(positions) else at, *rest) for at, *rest in bias])))")),
+    (row_extras, Mutant("min_tokens one too few", "stops_from=len(prompt_token_ids) + params.min_tokens", "stops_from=len(prompt_token_ids) + params.min_tokens - 1")),
+    (row_extras, Mutant("min_tokens one too many", "stops_from=len(prompt_token_ids) + params.min_tokens", "stops_from=len(prompt_token_ids) + params.min_tokens + 1")),
+    (row_extras, Mutant("min_tokens ignored", "[self.stops, self.banned] if", "[self.banned] if")),
+    (row_extras, Mutant("bad words do not follow the output", "self.tail.append(token_id)", "self.tail.append(self.tail[-1])")),
+    (row_extras, Mutant("bad words do not see the prompt", "if missing := max_tail - len(tail):", "if missing := 0:")),
+    (row_extras, Mutant("bad words of one token ignored", "if len(ids) == 1], dtype", "if len(ids) == 0], dtype")),
+    (draw, Mutant("a draw is awaited for ever", "extras.num_awaited -= 1", "extras.num_awaited -= 0")),
+    (draw, Mutant("log-probabilities of failed rows", "if failed is None or not failed[at]}", "}")),
+    (module, Mutant("the bias stays after its request has left", "self._extras[row] = extras\n", "self._extras[row] = extras = extras or self._extras[row]\n", also=(("self._extras[row] = None", "pass"),))),
+    (module, Mutant("position one late", "np.asarray(positions, dtype=np.int64)", "np.asarray(positions + 1, dtype=np.int64)")),
+    (module, Mutant("positions of the step before", "if batch.used & DRAWN:\n", "if batch.used & DRAWN and batch.params.position is None:\n", also=(("return replace(batch.params, **changes) if changes else batch.params", "batch.params = replace(batch.params, **changes) if changes else batch.params\n        return batch.params"),))),
+    (module, Mutant("settings of rows that have changed hands", "latest.version != self._version", "False")),
+    (module, Mutant("settings of other rows", "not np.array_equal(latest.rows, rows)", "len(latest.rows) != len(rows)")),
+    (module, Mutant("min_tokens goes on", "not np.array_equal(latest.may_stop, may_stop)", "False")),
+    (module, Mutant("nothing is waited for", "any(each.extras.num_awaited for each", "any(False for each")),
+    (module, Mutant("penalties count nothing", "if batch.penalised is not None:\n            self._seen.count", "if False:\n            self._seen.count")),
+    (module, Mutant("log-probabilities of another row", "x[batch.wanted_at], chosen", "x[: len(batch.wanted_at)], chosen")),
+    (module, Mutant("log-probabilities include ids that do not exist", "x = x[:, : self._num_valid_ids]", "x = x[:, :]")),
+    (module, Mutant("features of the batch position", "row = int(rows[at])\n            extras = self._extras[row]", "row = int(rows[at])\n            extras = self._extras[at] or self._extras[row]")),
 ]  # fmt: skip
+NEEDS_STEPS_IN_FLIGHT = {"nothing is waited for"}
 
 
-def test_many_lives(count: Callable[[int, int], int], seed: int) -> None:
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["one step in flight", "two steps in flight"])
+def test_many_lives(count: Callable[[int, int], int], seed: int, is_ahead: bool) -> None:
     for trial in range(count(6, 60)):
-        check_life(Sampler, seed + trial)
+        check_life(Sampler, seed + trial, is_ahead=is_ahead)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_planted_bug_is_found(mutant: Mutant) -> None:
-    sampler_class = planted(module, mutant).Sampler
+@pytest.mark.parametrize(("owner", "mutant"), MUTANTS, ids=[mutant.name for _, mutant in MUTANTS])
+def test_a_planted_bug_is_found(owner: ModuleType, mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = planted(owner, mutant)
+    for name in owner.__all__:
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, getattr(broken, name))
 
     def lives() -> None:
         for trial in range(6):
-            check_life(sampler_class, trial)
+            check_life(module.Sampler, trial, is_ahead=mutant.name in NEEDS_STEPS_IN_FLIGHT or trial % 2 == 1)
 
     with pytest.raises(AssertionError):
         lives()
