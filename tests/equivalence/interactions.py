@@ -32,7 +32,7 @@ WISHES: dict[str, dict[str, Any]] = {
     "seed": {"temperature": 1.0, "seed": 77, "top_k": 60, "top_p": 0.95, "min_p": 0.001},
     "n": {"n": 2},
     "stop strings": {"stop": ["e", "t", "a", "o", "i", "n", "3", "7", "\n", "%", "th"]},
-    "structured output": {"structured_outputs": {"regex": "[a-z0-9 ]{1,60}"}},
+    "structured output": {"structured_outputs": {"regex": "([a-z][0-9])+"}},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
     "min_tokens": {"min_tokens": 6, "stop_token_ids": [70, 80, *range(100, 256)]},
     "logprobs": {"logprobs": 2},

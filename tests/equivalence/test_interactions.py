@@ -18,6 +18,7 @@ from octavo.engine.step import FinishReason, RequestOutput
 from ..checkpoints import make_prompts
 from .conftest import MakeLLM
 from .interactions import PLAIN, WAYS, WISHES, covering, make_table, params, refused_wishes, wish_sets
+from .planted import PLANTED, Plant
 from .runs import Task, assert_same, run, run_alone
 from .storm import Storm
 
@@ -153,3 +154,14 @@ def test_every_two_ways_meet() -> None:
     """And each of them also does without the other."""
     for a, b in itertools.combinations(WAYS, 2):
         assert {(a in ways, b in ways) for ways in PAIRWISE} == set(itertools.product((True, False), repeat=2)), (a, b)
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_finds_planted_bugs(
+    plant: Plant, make_llm: MakeLLM, requests: list[Task], expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = ("overlap", "graphs")
+    llm = make_llm(**settings_of(ways))
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match="request|tokens that nobody got"):
+        check(llm, ways, requests, expected)
