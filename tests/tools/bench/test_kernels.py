@@ -37,6 +37,7 @@ SMALL = {
     "paged_attention_decode": "int8-bf16",
     "write_kv": "neox-bfloat16",
     "copy_blocks": "chain",
+    "expand_rows": "mixed",
     "rms_norm": "bfloat16-residual",
     "layer_norm": "float32",
     "sample": "chat-bfloat16",
