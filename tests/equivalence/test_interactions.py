@@ -163,5 +163,5 @@ def test_finds_planted_bugs(
     ways = ("overlap", "graphs")
     llm = make_llm(**settings_of(ways))
     plant(monkeypatch)
-    with pytest.raises(AssertionError, match="request|tokens that nobody got"):
+    with pytest.raises(AssertionError, match=r"request|tokens that nobody got"):
         check(llm, ways, requests, expected)
