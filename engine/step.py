@@ -229,12 +229,15 @@ class RequestMetrics:
     num_preemptions: int
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOutput:
-    """News of one sequence: its tokens since the last news, and how it ended if it did."""
+class EngineOutput(NamedTuple):
+    """News of one sequence: its tokens since the last news, and how it ended if it did.
+
+    One is made for every row that streams in every step: a tuple takes a quarter of a frozen dataclass's time, and
+    crosses a pipe as an array, without the names of its fields.
+    """
 
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of news
     new_token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
@@ -243,7 +246,7 @@ class EngineOutput:
     """Why, where the reason is ERROR."""
     error_param: str | None = None
     """The field of the request that it comes from; None: the request is not to blame."""
-    new_logprobs: list[LogprobEntry] = field(default_factory=list)
+    new_logprobs: Sequence[LogprobEntry] = ()
     prompt_logprobs: list[LogprobEntry] | None = None
     """Complete, with the last news."""
     hidden_states: npt.NDArray[np.float32] | None = None

@@ -400,20 +400,25 @@ class Scheduler:
             self.kv.cache_full_blocks(row, table.request(row), table.token_ids[row], int(ends[i]))
             if self._events is not None:
                 self._events.filled(table.request(row))
-        speaks = table.append(sampled_rows, tokens)
+        may_end = table.append(sampled_rows, tokens)
         self._num_output_tokens += len(sampled_rows)
         if output.logprobs or output.prompt_logprobs or output.hidden_states:
             keep_extras(table, flight, output)
         if self.without_first_token:
             self._note_first_tokens()
-        if self.num_streaming:
-            speaks |= table.streams[sampled_rows]
         ended: frozenset[int] = frozenset()
         if output.ended is not None:
             ended = frozenset(flight.rows[work.sampled[output.ended]].tolist())
-            speaks |= np.isin(sampled_rows, list(ended))
-        for row in sampled_rows[np.flatnonzero(speaks)].tolist():
+            may_end |= np.isin(sampled_rows, list(ended))
+        speaks = np.flatnonzero(may_end | table.streams[sampled_rows] if self.num_streaming else may_end)
+        for row, token, ends_here in zip(
+            sampled_rows[speaks].tolist(), tokens[speaks].tolist(), may_end[speaks].tolist(), strict=True
+        ):
             request = table.request(row)
+            if not ends_here and not request.logprobs:  # all that nearly all streams say: what they got in this step
+                request.num_reported_tokens += 1
+                said.append(EngineOutput(request.request_id, request.index, [token]))
+                continue
             end = table.finish_status(row)
             if row in ended and (end is None or end[1] is None):
                 end = (RequestStatus.FINISHED_STOPPED, None)  # its grammar is complete; at the limit that counts more
@@ -458,6 +463,10 @@ class Scheduler:
         if self._events is not None:
             self._events.ended(work, work.sampled[:0], len(self.waiting), failed=message)
         return said
+
+    def rows_left(self, work: SchedulerOutput) -> Sequence[int]:
+        """Return the rows of the next step to come back that were released since it was handed out."""
+        return self.flights.left(work)
 
     def _land(self, work: SchedulerOutput) -> Flight:
         flight = self.flights.land(work)

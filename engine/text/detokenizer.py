@@ -27,17 +27,26 @@ class _Stream(Protocol):
 
 
 class _ByteStream:
-    """Byte-level tokens: one incremental UTF-8 decoder over all bytes."""
+    """Byte-level tokens: one incremental UTF-8 decoder over all bytes; most single tokens can do without."""
 
     def __init__(self, pieces: BytePieces) -> None:
         self._pieces = pieces
-        self._decode = _Utf8Decoder("replace").decode
+        self._texts = pieces.texts
+        self._utf8 = _Utf8Decoder("replace")
+        self._is_inside = False
+        """The bytes so far end within a character."""
 
     def append(self, token_ids: Sequence[int]) -> str:
-        pieces = self._pieces
-        if len(token_ids) == 1:
-            return self._decode(pieces[token_ids[0]])
-        return self._decode(b"".join([pieces[token_id] for token_id in token_ids]))
+        if len(token_ids) == 1 and not self._is_inside:
+            text = self._texts.get(token_ids[0])
+            if text is not None:
+                return text
+        return self._decode(b"".join([self._pieces[token_id] for token_id in token_ids]))
+
+    def _decode(self, data: bytes) -> str:
+        text = self._utf8.decode(data)
+        self._is_inside = self._utf8.getstate()[0] != b""
+        return text
 
     def resume(self, prompt_token_ids: Sequence[int]) -> None:
         # An unfinished character is at most three bytes long and opens with a byte that starts a character anywhere.
@@ -49,7 +58,7 @@ class _ByteStream:
         self._decode(tail)
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return self._utf8.decode(b"", True)
 
 
 class _TextStream:
@@ -69,6 +78,10 @@ class _TextStream:
         self._utf8 = _Utf8Decoder("strict")
 
     def append(self, token_ids: Sequence[int]) -> str:
+        if len(token_ids) == 1 and not (self._run_length or self._is_first or self._strip_left):
+            piece = self._pieces[token_ids[0]]
+            if isinstance(piece, str):
+                return self._pieces.spec.joiner + piece
         parts: list[str] = []
         for token_id in token_ids:
             piece = self._pieces[token_id]

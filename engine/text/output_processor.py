@@ -50,39 +50,29 @@ class _Sequence:
 
     def take(self, news: EngineOutput) -> bool:
         """Append what the engine has sent; return whether a stop string ended the sequence just now."""
-        answer = self.answer
         if self.closed:
             self._close(news)
             return False
-        token_ids = news.new_token_ids
-        if self._matcher is None:
+        answer, token_ids = self.answer, news.new_token_ids
+        # A stop token is reported as a token but not as text; a complete grammar stops a sequence without one.
+        hides_last = news.stop_reason is not None and not self._include_stop
+        if self._matcher is None or len(token_ids) == 1:
             answer.token_ids += token_ids
-            self._show(self._without_stop_token(token_ids, news))
+            self._show(token_ids[:-1] if hides_last else token_ids)
         else:
-            for position, token_id in enumerate(token_ids):
+            for left, token_id in enumerate(token_ids, 1 - len(token_ids)):
                 answer.token_ids.append(token_id)
-                last = position == len(token_ids) - 1
-                if self._show([] if last and self._hides_last(news) else [token_id]):
+                if self._show([] if left == 0 and hides_last else [token_id]):
                     break
         if answer.logprobs is not None:
             answer.logprobs += news.new_logprobs
-        if news.finish_reason is not None:
-            # An abort leaves the text as it was last seen.
-            if not self.closed and news.finish_reason is not FinishReason.ABORT:
-                self._flush()
-            self._close(news)
-            return False
-        return self.closed
-
-    def _hides_last(self, news: EngineOutput) -> bool:
-        """Whether the last token is a stop token, which is reported as a token but not as text.
-
-        A complete grammar stops a sequence without one.
-        """
-        return news.stop_reason is not None and not self._include_stop
-
-    def _without_stop_token(self, token_ids: list[int], news: EngineOutput) -> list[int]:
-        return token_ids[:-1] if self._hides_last(news) else token_ids
+        if news.finish_reason is None:
+            return self.closed
+        # An abort leaves the text as it was last seen.
+        if not self.closed and news.finish_reason is not FinishReason.ABORT:
+            self._flush()
+        self._close(news)
+        return False
 
     def _show(self, token_ids: Sequence[int]) -> bool:
         """Turn tokens into text; return whether that completed a stop string."""
@@ -91,7 +81,7 @@ class _Sequence:
         return self._show_text(self._detokenizer.append(token_ids))
 
     def _show_text(self, text: str) -> bool:
-        if self._matcher is None:
+        if self._matcher is None or self._matcher.passes(text):
             self.answer.text += text
             return False
         # As with stop tokens, the first to end the output is the one after min_tokens; the stop may begin before it.

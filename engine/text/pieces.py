@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,8 @@ class BytePieces(dict[int, bytes]):
     def __init__(self, backend: Backend, skipped: frozenset[int]) -> None:
         self._backend = backend
         self._skipped = skipped
+        self.texts: dict[int, str] = {}
+        """The same as text, of the ids asked for so far whose bytes are whole characters."""
 
     def __missing__(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) if token_id >= 0 else None
@@ -112,6 +115,8 @@ class BytePieces(dict[int, bytes]):
             spelled = [_BYTE_OF.get(char, -1) for char in token]
             piece = token.encode() if -1 in spelled else bytes(spelled)
         self[token_id] = piece
+        with suppress(UnicodeDecodeError):
+            self.texts[token_id] = piece.decode()
         return piece
 
 

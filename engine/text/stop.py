@@ -80,6 +80,10 @@ class StopMatcher:
             node = self._fail[node]
         return self._children[node].get(char, 0)
 
+    def passes(self, text: str) -> bool:
+        """Whether the next piece is text that no stop claims, all of it; then it need not be appended."""
+        return not self._node and self._first_chars.isdisjoint(text)
+
     def append(self, text: str, *, may_end: bool = True) -> StopResult:
         """Take the next piece of text; nothing may follow a hit.
 
@@ -88,10 +92,9 @@ class StopMatcher:
             may_end: whether a stop that is complete in this piece ends the text.
         """
         assert self._hit is None, "text was appended after a stop string was found"
-        node = self._node
-        if not node and self._first_chars.isdisjoint(text):
+        if self.passes(text):
             return StopResult(text, None)
-        held = self._held + text
+        node, held = self._node, self._held + text
         for end, char in enumerate(text, len(self._held) + 1):
             node = self._step(node, char)
             hit = self._longest[node]

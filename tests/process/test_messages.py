@@ -56,7 +56,7 @@ TO_ENGINE = [
 ENTRY = LogprobEntry(-math.inf, 1, [5, 7], [-0.25, -1.5])
 METRICS = RequestMetrics(1.0, 2.0, None, 4.0, 5, 6)
 OUTPUTS = [
-    EngineOutput("a", 0, [1]),
+    EngineOutput("a", 0, [1], new_logprobs=[]),
     EngineOutput("b", 1, [], FinishReason.ERROR, 7, "why", "stop", [ENTRY], [ENTRY, ENTRY], None, METRICS),
 ]
 EVENT = RequestEvent(EventKind.FINISHED, 1.5, 3, "a", 0, 4, 5, 6, 7, "stop")
