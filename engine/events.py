@@ -138,7 +138,7 @@ class StepEvent(NamedTuple):
     failed: str = ""
     """Why it failed, if it did."""
     num_cache_resets: int = 0
-    """How often the prefix cache was emptied on purpose since the step before was scheduled."""
+    """How often the prefix cache was emptied on purpose since the step before was over."""
     kin: tuple[int, ...] = ()
     """Blocks that became full of output which somebody else had before, as (serial, other serial, first, end) after one
     another; see `RequestEvent.kin`."""

@@ -89,7 +89,10 @@ def replay(
     if options.json != STDOUT:
         _show_difference(script, outcome.difference)
     status = FAILED
-    if options.shrink:
+    if options.shrink and script.limits.max_steps_in_flight > 1:
+        if options.json != STDOUT:
+            show("\nfewer requests are not looked for: the steps of this run overlap")
+    elif options.shrink:
         minimal, was_stopped = _shrink(script, outcome.difference, quiet=quiet)
         write_output(path, json.dumps(minimal.recording, separators=(",", ":")))
         num_requests, num_steps = minimal.script.num_requests, len(minimal.script.steps)

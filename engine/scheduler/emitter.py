@@ -39,8 +39,8 @@ class Emitter:
         self._kin: list[int] = []
         self._num_resets = 0
         self._start_s = self._update_s = 0.0
-        self._flights: deque[tuple[float, float, int]] = deque()
-        """Of each step that is out: when it began, when it was handed out, and how often the cache was emptied."""
+        self._flights: deque[tuple[float, float]] = deque()
+        """Of each step that is out: when it began, and when it was handed out."""
         self._landing = -1
         """The step whose output is taken over, or -1."""
         self._may_tell_ends = True
@@ -138,8 +138,7 @@ class Emitter:
     def handed_out(self) -> None:
         """Note that the runner gets the step."""
         self._may_tell_ends = False
-        self._flights.append((self._start_s, self._clock(), self._num_resets))
-        self._num_resets = 0
+        self._flights.append((self._start_s, self._clock()))
 
     def landed(self, step: int) -> None:
         """Note that a step is back, with or without its output."""
@@ -164,7 +163,7 @@ class Emitter:
             failed: why it failed, if it did.
             num_wasted: tokens that were sampled for nobody.
         """
-        start_s, execute_s, num_resets = self._flights.popleft()
+        start_s, execute_s = self._flights.popleft()
         event = StepEvent(
             work.step,
             start_s,
@@ -178,12 +177,13 @@ class Emitter:
             self._pool.num_free,
             self._pool.num_cached,
             failed,
-            num_resets,
+            self._num_resets,
             tuple(self._kin),
             num_wasted,
         )
         self._recorder.on_step(event)
         self._kin.clear()
+        self._num_resets = 0
         self._landing = -1
         self._tell_ends()
 

@@ -52,6 +52,10 @@ class Flights:
         for flight in self._flights:
             flight.left.append(row)
 
+    def left(self, work: SchedulerOutput) -> list[int]:
+        """Return who has left a step that is out."""
+        return next(flight.left for flight in self._flights if flight.work is work)
+
     def land(self, work: SchedulerOutput) -> Flight:
         """Take out a step that is back."""
         assert self._flights, "update() without schedule()"

@@ -7,7 +7,8 @@ in, the same for all sequences that had this block in common when they were reco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...events import OWES_LOGPROBS, EventKind, RequestEvent, StepEvent
+from ...events import OWES_LOGPROBS, EventKind, Moment, RequestEvent, StepEvent
 from ...request import Request
 from ...sampling_params import SamplingParams
 from ...scheduler import Scheduler
@@ -62,7 +63,7 @@ def replay(script: Script, *, on_step: Callable[[], None] | None = None, keep_lo
     engine = _Engine(script)
     logs: list[StepLog] = []
     for place, step in enumerate(script.steps):
-        here = engine.run(step)
+        here = engine.run(place)
         if keep_logs:
             logs.append(engine.log)
         if on_step is not None:
@@ -90,6 +91,10 @@ class _Engine:
         limits = replace(limits, vocab_size=1 + num_tokens + num_blocks + limits.num_blocks)
         self._scheduler = Scheduler(limits, lambda: self._now_s, self)
         self._block_size = limits.block_size
+        self._out: deque[tuple[SchedulerOutput, Owners]] = deque()
+        """Steps that are out, with who had which row when they were handed out."""
+        self._scheduled: list[RequestEvent] = []
+        """What happened as steps were scheduled that are not over."""
         self._current: npt.NDArray[np.int32] = np.zeros(limits.max_num_seqs, dtype=np.int32)
         """By row: the name of the block in which its next token is; 0: not looked up yet."""
         if script.previous is not None:
@@ -104,38 +109,62 @@ class _Engine:
             event = event._replace(serial=self._owners.alive[event.request_id, event.choice])
         known = self._owners.known(event)
         assert known is not None, f"{event} is of nobody"
+        if event.kind not in (EventKind.ARRIVED, EventKind.FINISHED):
+            self._scheduled.append(known)
         (self.log.events if self.log.step is None else self.log.ends).append(known)
 
     def on_step(self, event: StepEvent) -> None:
         """Take a step of the scheduler."""
         self.log = self.log._replace(step=event)
 
-    def run(self, step: ScriptStep) -> Facts:
-        """Run one step and return what it did."""
+    def run(self, place: int) -> Facts:
+        """Hand out steps as the engine does, take back the one at `place` and return what it did."""
         self.log = StepLog([], None, [])
-        self._now_s, error = step.event.start_s, ""
-        self._feed(step.before)
+        step, error = self._script.steps[place], ""
         if step.event.num_cache_resets:
             self._scheduler.reset_prefix_cache()
         try:
-            work = self._scheduler.schedule()
+            self._hand_out(place)
         except Exception as raised:
             return {"error": repr(raised)}
-        if work is not None:
-            self._feed(step.flight)
+        owners, number = self._owners, -1
+        if self._out:
+            work, owners = self._out.popleft()
+            number = work.step
             self._now_s = max(self._now_s, step.event.update_s)
             try:
                 if step.event.failed:
                     self._scheduler.fail(work, step.event.failed)
                 else:
-                    self._scheduler.update(work, self._output(work, step.ends))
+                    self._scheduler.update(work, self._output(work, step.ends, owners))
             except Exception as raised:
                 error = repr(raised)
         event = self.log.step
-        scheduled = [each for each in self.log.events if each.kind not in (EventKind.ARRIVED, EventKind.FINISHED)]
-        ends = [each for each in self.log.ends if each.moment == "update"]
-        facts = facts_of(event, scheduled, ends, self._owners)
+        scheduled = [each for each in self._scheduled if each.step <= number or number < 0]
+        self._scheduled = self._scheduled[len(scheduled) :]
+        ends = [each for each in self.log.ends if each.moment == Moment.UPDATE]
+        facts = facts_of(event, scheduled, ends, owners)
         return facts | ({"error": error} if error else {})
+
+    def _hand_out(self, place: int) -> None:
+        """Do what `EngineCore.step` does before it waits for the step at `place`; feed what came meanwhile."""
+        steps, out, step = self._script.steps, self._out, self._script.steps[place]
+        coming = (step.before, step.flight, step.flights)
+        num_fed = len(out)
+        self._feed(coming[num_fed])
+        while len(out) < self._scheduler.limits.max_steps_in_flight:
+            after = steps[place + len(out) : place + len(out) + 1]
+            if out and _was_never_run(steps[place + len(out) - 1], *after):
+                break
+            if after:
+                self._now_s = max(self._now_s, after[0].event.start_s)
+            work = self._scheduler.schedule()
+            if work is None:
+                break
+            owners = Owners()
+            owners.rows = self._owners.rows.copy()
+            out.append((work, owners))
+            self._feed(coming[len(out)])
 
     def _feed(self, events: list[RequestEvent]) -> None:
         """Let requests come and go as they did."""
@@ -172,17 +201,17 @@ class _Engine:
     def _name(self, serial: int, block: int) -> int:
         return self._names.setdefault(self._script.node(serial, block), len(self._names) + 1)
 
-    def _output(self, work: SchedulerOutput, ends: list[RequestEvent]) -> ModelOutput:
+    def _output(self, work: SchedulerOutput, ends: list[RequestEvent], owners: Owners) -> ModelOutput:
         """Return the tokens of a step, and end those sequences whose tokens or failures ended them."""
-        table, rows = self._scheduler.rows, work.rows[work.sampled]
+        table, rows, left = self._scheduler.rows, work.rows[work.sampled], self._scheduler.rows_left(work)
         positions = table.num_tokens[rows]
         self._current[[new.row for new in work.new_sequences]] = 0
         for place in np.flatnonzero((positions % self._block_size == 0) | (self._current[rows] == 0)).tolist():
             row = int(rows[place])
-            if table.requests[row] is not None:  # it may have left while the step was out
-                self._current[row] = self._name(self._owners.rows[row], int(positions[place]) // self._block_size)
+            if row not in left:
+                self._current[row] = self._name(owners.rows[row], int(positions[place]) // self._block_size)
         failed, ended = np.zeros(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.bool_)
-        serials = {self._owners.rows[int(row)]: place for place, row in enumerate(rows)}
+        serials = {owners.rows[int(row)]: place for place, row in enumerate(rows)}
         for event in ends:
             if event.serial in serials and event.detail in (FinishReason.ERROR, FinishReason.STOP):
                 (failed if event.detail == FinishReason.ERROR else ended)[serials[event.serial]] = True
@@ -190,17 +219,16 @@ class _Engine:
             self._current[rows],
             failed=failed if failed.any() else None,
             ended=ended if ended.any() else None,
-            prompt_logprobs=self._prompt_logprobs(work),
+            prompt_logprobs=self._prompt_logprobs(work, left),
         )
 
-    def _prompt_logprobs(self, work: SchedulerOutput) -> dict[int, list[LogprobEntry]]:
+    def _prompt_logprobs(self, work: SchedulerOutput, left: Collection[int]) -> dict[int, list[LogprobEntry]]:
         """Return as many entries as a model would have, for those who wait for them before they look at the cache."""
         found = {}
         for row, start, count in zip(
             *(each.tolist() for each in (work.rows, work.num_computed_tokens, work.num_scheduled_tokens)), strict=True
         ):
-            request = self._scheduler.rows.requests[row]
-            if request is not None and request.owes_prompt_logprobs:
+            if row not in left and (request := self._scheduler.rows.request(row)).owes_prompt_logprobs:
                 num_entries = min(start + count, request.num_prompt_tokens - 1) - start
                 found[row] = [_NO_ENTRY] * max(0, num_entries)
         return found
@@ -239,3 +267,8 @@ class _Engine:
             taken.append(pool.take())
             pool.cache(taken[-1], entry)
         pool.release(taken)
+
+
+def _was_never_run(step: ScriptStep, after: ScriptStep | None = None) -> bool:
+    """Whether a step failed before the runner had it, so that none was scheduled before it had come back."""
+    return bool(step.event.failed) and (after is None or after.event.start_s > step.event.end_s)

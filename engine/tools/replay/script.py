@@ -32,6 +32,10 @@ SHRUNK_TO = "shrunk_to"
 MAX_SLOTS = 1 << 31
 """Rows times longest sequence, or blocks times their size: what may be taken in address space, in tokens."""
 
+_SCHEDULED = (EventKind.WAITS, EventKind.ADMITTED, EventKind.PREEMPTED)
+_NUM_OUT = {Moment.BETWEEN: 0, Moment.FLIGHT: 1, Moment.FLIGHTS: 2}
+"""Steps that were out."""
+
 Facts = dict[str, Any]
 Node = tuple[int, int]
 """A block by its content: who was first to have it, and which of that sequence's blocks it is."""
@@ -91,7 +95,9 @@ class ScriptStep:
     """Arrivals and ends from outside since the step before."""
     scheduled: list[RequestEvent] = field(default_factory=list)
     flight: list[RequestEvent] = field(default_factory=list)
-    """The same as `before`, while it was out."""
+    """The same as `before`, while it was out, and nothing else or nothing else yet."""
+    flights: list[RequestEvent] = field(default_factory=list)
+    """The same, while the step after it was out as well."""
     ends: list[RequestEvent] = field(default_factory=list)
     facts: Facts = field(default_factory=dict)
 
@@ -111,7 +117,13 @@ class ScriptStep:
         }
         facts |= {name: self.facts[name] for name in POOL_FIELDS if name == also}
         return ScriptStep(
-            self.event, kept(self.before), kept(self.scheduled), kept(self.flight), kept(self.ends), facts
+            self.event,
+            kept(self.before),
+            kept(self.scheduled),
+            kept(self.flight),
+            kept(self.flights),
+            kept(self.ends),
+            facts,
         )
 
 
@@ -180,13 +192,21 @@ class Script:
                 if event.kind == EventKind.ARRIVED:
                     arrivals[event.serial] = event
                 script._add_kin(event.serial, event.kin)
-                _list_for(place, event).append(event)
+                _list_for(place, event, _shows_in(pending) < start).append(event)
                 pending = next(upcoming, None)
             step.facts.update(facts_of(step.event, step.scheduled, [], owners))
             if any(serial < 0 for serial, _ in step.facts["rows"]):
                 raise _damaged(step.event.step, "a row runs that nobody was admitted to")
             for i in range(0, len(step.event.kin), 4):
                 script._add_kin(step.event.kin[i], step.event.kin[i + 1 : i + 4])
+        # Where steps overlap, the one after the last was scheduled before the last was over.
+        for late in [] if pending is None else [pending, *upcoming]:
+            event = owners.known(late) if _shows_in(late) < start + len(steps) else None
+            if event is not None:
+                if event.kind == EventKind.ARRIVED:
+                    arrivals[event.serial] = event
+                script._add_kin(event.serial, event.kin)
+                _list_for(steps[max(0, _shows_in(late) - start)], event, _shows_in(late) < start).append(event)
         for step in steps:
             step.facts["finished"] = [(event.serial,) for event in step.ends]
             if previous is not None:
@@ -233,7 +253,10 @@ class Script:
         """Leave out the steps after the one at `place`, and who arrives later."""
         steps = self.steps[: place + 1]
         arrived = {
-            event.serial for step in steps for event in (*step.before, *step.flight) if event.kind == EventKind.ARRIVED
+            event.serial
+            for step in steps
+            for event in (*step.before, *step.flight, *step.flights)
+            if event.kind == EventKind.ARRIVED
         }
         arrivals = {serial: event for serial, event in self.arrivals.items() if serial in arrived}
         return replace(self, steps=steps, arrivals=arrivals)
@@ -285,18 +308,25 @@ def _damaged(step: int, why: str) -> ConfigError:
 
 
 def _shows_in(event: RequestEvent) -> int:
-    """Return the step to which an event belongs: in which it is fed or comes about."""
-    if event.kind == EventKind.ARRIVED:
-        return event.step - (event.moment == Moment.FLIGHT)
-    if event.kind == EventKind.FINISHED:
-        return event.step + (event.moment == Moment.BETWEEN)
-    return event.step
+    """Return the step to which an event belongs: what came from outside, to the next to come back."""
+    if event.kind not in (EventKind.ARRIVED, EventKind.FINISHED) or event.moment == Moment.UPDATE:
+        return event.step
+    return event.step + (event.kind == EventKind.FINISHED) - _NUM_OUT[event.moment]
 
 
-def _list_for(step: ScriptStep, event: RequestEvent) -> list[RequestEvent]:
+def _list_for(step: ScriptStep, event: RequestEvent, is_early: bool) -> list[RequestEvent]:
+    """Return where in its step an event belongs.
+
+    Args:
+        step: it.
+        event: the event.
+        is_early: a step from before the script was out, of which nothing came.
+    """
     if event.kind not in (EventKind.ARRIVED, EventKind.FINISHED):
         return step.scheduled
-    return {Moment.BETWEEN: step.before, Moment.FLIGHT: step.flight, Moment.UPDATE: step.ends}[event.moment]
+    if event.moment == Moment.UPDATE:
+        return step.ends
+    return (step.before, step.flight, step.flights)[_NUM_OUT[event.moment] - is_early]
 
 
 def _limits(facts: Mapping[str, Any]) -> SchedulerLimits:
@@ -320,7 +350,12 @@ def _limits(facts: Mapping[str, Any]) -> SchedulerLimits:
     faults = FaultConfig(fact("preempt_every", int), fact("miss_prefix_cache", bool))
     # The vocabulary is the replay's own: its tokens are names of blocks.
     return SchedulerLimits(
-        vocab_size=1, prefix_caching=fact("prefix_caching", bool), policy=policy, faults=faults, **numbers
+        vocab_size=1,
+        prefix_caching=fact("prefix_caching", bool),
+        policy=policy,
+        faults=faults,
+        max_steps_in_flight=2 if facts.get("overlap", False) else 1,
+        **numbers,
     )
 
 
@@ -343,9 +378,11 @@ def _quiet_moment(steps: Sequence[StepEvent], events: Sequence[RequestEvent]) ->
             step = steps[number - steps[0].step]
             shown: list[RequestEvent] = []
             for event in islice(events, place, None):
-                if _shows_in(event) > number:
+                if _shows_in(event) > number + 1:
                     break
-                shown.append(event)
+                # Where steps overlap, the next one is scheduled before this one is over.
+                if _shows_in(event) == number or (event.kind in _SCHEDULED and event.time_s <= step.update_s):
+                    shown.append(event)
             kinds = Counter(event.kind for event in shown)
             rows = {event.row for event in shown if event.kind == EventKind.ADMITTED}
             gone = sum(event.kind == EventKind.FINISHED and event.row < 0 for event in shown)

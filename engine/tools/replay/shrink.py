@@ -45,7 +45,7 @@ def shrink(
     on_try: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Minimal:
-    """Leave out what a difference does not need.
+    """Leave out what a difference does not need, of a run whose steps do not overlap.
 
     Delta debugging (Zeller and Hildebrandt 2002, https://doi.org/10.1109/32.988498) over requests.
 

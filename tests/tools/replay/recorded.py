@@ -35,6 +35,7 @@ def facts_of_limits(limits: SchedulerLimits) -> dict[str, Any]:
     faults = limits.faults
     own = {"prefix_caching": limits.prefix_caching, "policy": limits.policy}
     own |= {"preempt_every": faults.preempt_every, "miss_prefix_cache": faults.miss_prefix_cache}
+    own |= {"overlap": limits.max_steps_in_flight == 2}
     return {name: getattr(limits, name) for name in SIZES} | own
 
 

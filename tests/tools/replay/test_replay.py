@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def ran_out(core: EngineCore) -> EngineCore:
 
 def test_simulated_runs_replay_to_the_same_schedule(count: Callable[[int, int], int], seed: int) -> None:
     different = []
-    for i in range(count(12, 200)):
-        _, data = simulated(Scenario.from_seed(seed + i))
+    for i in range(count(20, 300)):
+        _, data = simulated(Scenario.from_seed(seed + i).replace(overlap=i % 2 == 1))
         script = script_of(data)
         found = replay(script).difference
         if found is not None:
@@ -360,3 +361,22 @@ def test_a_search_that_is_stopped_keeps_what_it_has(monkeypatch: pytest.MonkeyPa
     again = replay(script_of(json.dumps(minimal.recording).encode())).difference
     assert again is not None
     assert again.matches(difference)
+
+
+@pytest.mark.parametrize("name", ["oldest preempted", "preempted to the back"])
+def test_a_planted_bug_shows_where_steps_overlap(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug = PLANTED[name]
+    scripts = [
+        script_of(simulated(Scenario.from_seed(i).with_settings([*bug.settings, "overlap=True"]))[1]) for i in (1, 3, 4)
+    ]
+    assert [replay(script).difference for script in scripts] == [None, None, None]
+    bug.plant(monkeypatch)
+    assert any(replay(script).difference is not None for script in scripts), "the schedule is the same"
+
+
+def test_a_run_with_overlap_is_not_that_without() -> None:
+    """A replay that took its steps one by one would see another schedule."""
+    script = script_of(simulated(Scenario.from_seed(3).replace(overlap=True))[1])
+    assert replay(script).difference is None
+    one_by_one = replace(script, limits=replace(script.limits, max_steps_in_flight=1))
+    assert replay(one_by_one).difference is not None
