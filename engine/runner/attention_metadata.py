@@ -47,21 +47,11 @@ def build_attention_metadata(
         block_table = inputs.block_table[start:stop, :num_columns]
         splits = -(-seq_lens // SPLIT_TOKENS)
         plan = plan_paged_attention(
-            cu_seqlens_q,
-            inputs.seq_lens[start:stop],
-            block_table,
-            op=op,
-            num_tokens=int(query_lens.sum()),
-            max_query_len=int(query_lens.max()),
-            num_q_heads=model.num_q_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            block_size=block_size,
-            max_splits=int(splits.sum()),
-            max_parts=int((splits * query_lens)[splits > 1].sum()),
-            invariant=invariant,
-            shared=shared,
-        )
+            cu_seqlens_q, inputs.seq_lens[start:stop], block_table, op=op, num_tokens=int(query_lens.sum()),
+            max_query_len=int(query_lens.max()), num_q_heads=model.num_q_heads, num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim, block_size=block_size, max_splits=int(splits.sum()),
+            max_parts=int((splits * query_lens)[splits > 1].sum()), invariant=invariant, shared=shared,
+        )  # fmt: skip
         return AttentionSlice(cu_seqlens_q, inputs.seq_lens[start:stop], block_table, plan)
 
     return AttentionMetadata(

@@ -65,36 +65,16 @@ class DecodeStep:
         """Return the hidden states [bucket, H] of one token for each row; the arguments are those of `expand_rows`."""
         bucket, config, block_size = len(rows), self.model.config, self.cache[0].k.shape[2]
         batch = expand_rows(
-            rows,
-            num_computed_tokens,
-            cu_seqlens_q,
-            token_ids,
-            self.last_token_ids,
-            self.block_tables,
-            block_size=block_size,
-            num_columns=self.block_tables.shape[1],
-        )
+            rows, num_computed_tokens, cu_seqlens_q, token_ids, self.last_token_ids, self.block_tables,
+            block_size=block_size, num_columns=self.block_tables.shape[1],
+        )  # fmt: skip
         plan = plan_paged_attention(
-            cu_seqlens_q,
-            batch.seq_lens,
-            batch.block_table,
-            op="decode",
-            num_tokens=bucket,
-            max_query_len=1,
-            num_q_heads=config.num_q_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=block_size,
-            max_splits=bucket + self.max_kv_splits,
-            invariant=self.invariant,
-        )
-        metadata = AttentionMetadata(
-            positions=batch.positions,
-            slot_mapping=batch.slot_mapping,
-            num_decode_tokens=bucket,
-            decode=AttentionSlice(cu_seqlens_q, batch.seq_lens, batch.block_table, plan),
-            prefill=None,
-        )
+            cu_seqlens_q, batch.seq_lens, batch.block_table, op="decode", num_tokens=bucket, max_query_len=1,
+            num_q_heads=config.num_q_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            block_size=block_size, max_splits=bucket + self.max_kv_splits, invariant=self.invariant,
+        )  # fmt: skip
+        decode = AttentionSlice(cu_seqlens_q, batch.seq_lens, batch.block_table, plan)
+        metadata = AttentionMetadata(batch.positions, batch.slot_mapping, bucket, decode, prefill=None)
         return self.model.forward(batch.token_ids, metadata, self.cache)[0]
 
 

@@ -55,14 +55,14 @@ class StepInputs(NamedTuple):
     """[num_tokens] int64."""
     slot_mapping: Tensor
     """[num_tokens] int64: where keys and values go."""
-    cu_seqlens_q: Tensor
-    """[num_seqs + 1] int32."""
-    cu_seqlens_prefill: Tensor
-    """[num_prefills + 1] int32, from 0."""
     seq_lens: Tensor
     """[num_seqs] int32, this step's tokens included."""
     block_table: Tensor
     """[num_seqs, blocks of the longest] int32."""
+    cu_seqlens_q: Tensor
+    """[num_seqs + 1] int32."""
+    cu_seqlens_prefill: Tensor
+    """[num_prefills + 1] int32, from 0."""
 
 
 class InputBatch:
@@ -142,21 +142,10 @@ class InputBatch:
         """Build the inputs of a step from what has been uploaded of it."""
         longest = int((step.num_computed_tokens + step.num_scheduled_tokens).max())
         expanded = expand_rows(
-            *uploaded[:4],
-            self.last_token_ids,
-            self.block_tables,
-            block_size=self.block_size,
+            *uploaded[:4], self.last_token_ids, self.block_tables, block_size=self.block_size,
             num_columns=-(-longest // self.block_size),
-        )
-        return StepInputs(
-            token_ids=expanded.token_ids,
-            positions=expanded.positions,
-            slot_mapping=expanded.slot_mapping,
-            cu_seqlens_q=uploaded.cu_seqlens_q,
-            cu_seqlens_prefill=uploaded.cu_seqlens_prefill,
-            seq_lens=expanded.seq_lens,
-            block_table=expanded.block_table,
-        )
+        )  # fmt: skip
+        return StepInputs(*expanded, uploaded.cu_seqlens_q, uploaded.cu_seqlens_prefill)
 
     def expect(self, rows: IndexArray, positions: IndexArray) -> npt.NDArray[np.int64]:
         """Say that tokens are being sampled for rows at their next positions, [num_sampled] each.

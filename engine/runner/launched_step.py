@@ -95,11 +95,7 @@ class LaunchedStep:
         drawn = self._draw.wait()
         self._batch.note(self._rows, self._positions, self._owners, drawn.token_ids)
         return ModelOutput(
-            drawn.token_ids,
-            failed=drawn.failed,
-            errors=drawn.errors,
-            ended=drawn.ended,
-            logprobs=drawn.logprobs,
+            drawn.token_ids, failed=drawn.failed, errors=drawn.errors, ended=drawn.ended, logprobs=drawn.logprobs,
             prompt_logprobs=self._prompt_logprobs(),
             hidden_states={at: state.numpy() for at, state in zip(self._places, states, strict=True)},
-        )
+        )  # fmt: skip

@@ -84,15 +84,10 @@ class ModelRunner:
             all_rows = num_sampled == len(hidden)
             logits = self.model.logits(hidden if all_rows else hidden.index_select(0, uploaded.logits_indices))
         launched = LaunchedStep(
-            self._sampler,
-            self._batch,
-            rows=rows,
-            positions=positions,
-            sampled_rows=uploaded.sampled_rows,
-            logits=logits,
-            prompt_logprobs=self._prompt_logprobs.launch(step, hidden, self.model.logits),
+            self._sampler, self._batch, rows=rows, positions=positions, sampled_rows=uploaded.sampled_rows,
+            logits=logits, prompt_logprobs=self._prompt_logprobs.launch(step, hidden, self.model.logits),
             states=dict(self._hidden_states(step, capture, captured)) if capture else {},
-        )
+        )  # fmt: skip
         before, self._latest = self._latest, launched
         if before is None or before.is_done or not self._sampler.needs_host(rows):
             launched.launch()
@@ -108,13 +103,9 @@ class ModelRunner:
         uploaded = self._batch.upload(step)
         inputs = self._batch.expand(step, uploaded)
         metadata = build_attention_metadata(
-            step,
-            inputs,
-            self.model.config,
-            block_size=self._batch.block_size,
-            invariant=self._invariant,
+            step, inputs, self.model.config, block_size=self._batch.block_size, invariant=self._invariant,
             host_block_tables=self._batch.host_block_tables if self.graphs is None else None,
-        )
+        )  # fmt: skip
         return uploaded, *self.model.forward(inputs.token_ids, metadata, self.cache, capture)
 
     def _apply(self, step: SchedulerOutput) -> None:
@@ -125,15 +116,10 @@ class ModelRunner:
         self._batch.apply(step)
         for sequence in step.new_sequences:
             self._sampler.add(
-                sequence.row,
-                sequence.params,
-                prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
-                output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
-                choice=sequence.index,
-                seed=sequence.seed,
-                stop_token_ids=sequence.stop_token_ids,
-                grammar=sequence.grammar,
-            )
+                sequence.row, sequence.params, prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
+                output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :], choice=sequence.index,
+                seed=sequence.seed, stop_token_ids=sequence.stop_token_ids, grammar=sequence.grammar,
+            )  # fmt: skip
             self._prompt_logprobs.add(sequence)
             # A step that failed may have left a row it never took out again.
             self._wants_hidden_states.pop(sequence.row, None)

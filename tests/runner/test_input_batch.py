@@ -116,4 +116,3 @@ def test_on_a_cpu_nothing_is_copied_back() -> None:
     tensors = [torch.ones(3), torch.zeros(2)]
     found = HostCopy(tensors, torch.device("cpu")).wait()
     assert [tensor.data_ptr() for tensor in found] == [tensor.data_ptr() for tensor in tensors]
-
