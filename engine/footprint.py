@@ -22,6 +22,7 @@ __all__ = [
     "StepMemory",
     "WeightGroup",
     "copies_tied_head",
+    "graph_bytes",
     "kv_bytes_per_token",
     "kv_pool_bytes",
     "num_weights",
@@ -49,6 +50,8 @@ LOGITS_CHUNK_TOKENS = 256
 """Prompt positions whose logits are held at once, for prompt logprobs."""
 SPLIT_TOKENS, MAX_DECODE_QUERY_LEN = 512, 16
 """As decode attention has them, which cannot be imported without torch; a test compares."""
+GRAPHS_BYTES = 256 << 20
+"""What captured graphs take of a GPU beside their tensors: an allowance, not measured."""
 MAX_HEAD_COPY = 0.22
 """A tied head is copied for speed only while it is at most this part of the weights."""
 
@@ -174,6 +177,15 @@ def step_memory(config: ModelConfig, dtype: DTypeName, *, num_tokens: int, num_s
         mlp=num_tokens * (3 * 8 + 2 * state + (inner + max(up, hidden)) * element),
         head=num_tokens * (3 * 8 + state) + max(sampled, min(num_tokens, LOGITS_CHUNK_TOKENS) * logits),
     )
+
+
+def graph_bytes(config: ModelConfig, dtype: DTypeName, *, num_seqs: int) -> int:
+    """Return the bytes to keep for captured decode steps of at most so many sequences, which share their memory.
+
+    The head runs outside of them.
+    """
+    step = step_memory(config, dtype, num_tokens=num_seqs, num_seqs=num_seqs)
+    return GRAPHS_BYTES + max(step.attention, step.mlp)
 
 
 def split_bytes(config: ModelConfig, *, num_seqs: int, kv_tokens: int) -> int:

@@ -54,16 +54,18 @@ def ways_to_spare(
 ) -> list[tuple[Mapping[str, Any], int]]:
     """Return changes of settings that make an engine take less, and how many bytes less each is; the mildest first."""
     cache, num_slots = config.cache, resolved.num_blocks * resolved.block_size
-    if cache.kv_cache_tokens is None:
-        lower = round(cache.gpu_memory_utilization - 0.1, 2)
-        ways: list[dict[str, Any]] = [{"gpu_memory_utilization": lower}, {"max_model_len": resolved.max_model_len // 2}]
+    ways: list[dict[str, Any]]
+    if cache.kv_cache_tokens is None and num_slots >= resolved.max_num_seqs * resolved.max_model_len:
+        ways = [{"max_model_len": resolved.max_model_len // 2}]  # there is room for all at full length
+    elif cache.kv_cache_tokens is None:
+        ways = [{"gpu_memory_utilization": round(cache.gpu_memory_utilization - 0.1, 2)}]
     else:
         ways = [{"kv_cache_tokens": num_slots // 2}, {"kv_cache_dtype": "fp8"}]
     ways += [{name: getattr(resolved, name) // 2} for name in ("max_num_batched_tokens", "max_num_seqs")]
     found: list[tuple[Mapping[str, Any], int]] = []
     for way in ways:
         # Of its own accord the pool would grow into what a step is spared.
-        pool = {} if way in ways[:2] else {"kv_cache_tokens": num_slots}
+        pool = {"kv_cache_tokens": num_slots} if way.keys() & {"max_num_batched_tokens", "max_num_seqs"} else {}
         try:
             spared = _total(resolved) - _total(resolve(changed(config, pool | way), model, hardware))
         except (CapacityError, ConfigError):
@@ -95,4 +97,4 @@ def out_of_memory(
 
 
 def _total(resolved: ResolvedConfig) -> int:
-    return resolved.weight_bytes + resolved.activation_bytes + resolved.kv_cache_bytes
+    return resolved.weight_bytes + resolved.graph_bytes + resolved.activation_bytes + resolved.kv_cache_bytes

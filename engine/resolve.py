@@ -19,6 +19,7 @@ from .footprint import (
     DTYPE_BYTES,
     CacheDTypeName,
     copies_tied_head,
+    graph_bytes,
     kv_bytes_per_token,
     num_weights,
     split_bytes,
@@ -76,6 +77,8 @@ class ResolvedConfig:
     weight_bytes: int
     """Of all weights, and of a tied head's copy where there is one."""
     kv_bytes_per_token: int
+    graph_bytes: int
+    """Kept for captured graphs."""
     step_bytes: int
     """Most that one step's tensors take, but for what grows with the pool."""
     activation_bytes: int
@@ -207,6 +210,8 @@ def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Re
     )
     if (hardware.device, dtype, layout) == ("cpu", "float32", "packed") and copies_tied_head(model):
         needs = replace(needs, weights=needs.weights + model.vocab_size * model.hidden_size * DTYPE_BYTES[dtype])
+    if (graphs := _graphs(config, hardware, backend)) and hardware.device == "cuda":
+        needs = replace(needs, graphs=graph_bytes(model, dtype, num_seqs=max_num_seqs))
     num_blocks = _num_blocks(config, hardware, needs, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
         if config.scheduler.max_model_len is not None:
@@ -230,7 +235,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Re
         kv_cache_dtype=kv_dtype,
         backend=backend,
         invariant=config.invariant,
-        graphs=_graphs(config, hardware, backend),
+        graphs=graphs,
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
@@ -240,6 +245,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Re
         weight_layout=layout,
         weight_bytes=needs.weights,
         kv_bytes_per_token=needs.kv_token,
+        graph_bytes=needs.graphs,
         step_bytes=needs.step,
         activation_bytes=needs.step + table_bytes(model, max_model_len) + num_blocks * needs.split_block,
         choices=tuple(choices),
@@ -306,6 +312,7 @@ class _Needs:
     split_block: int
     """What decode attention may hold for each block; see `split_bytes`."""
     block_size: int
+    graphs: int = 0
 
     @property
     def block(self) -> int:
@@ -351,10 +358,11 @@ def _num_blocks(
     left = hardware.available_bytes - needs.weights
     if left <= 0:
         raise CapacityError(f"the weights take {gib(needs.weights)} and {has} left")
-    left -= needs.step + needs.table
+    left -= needs.step + needs.table + needs.graphs
     if left <= 0:
         raise CapacityError(
-            f"the weights take {gib(needs.weights)}, the tensors of a step {gib(needs.step + needs.table)}, and {has}"
+            f"the weights take {gib(needs.weights)}, the tensors of a step {gib(needs.step + needs.table)}"
+            f"{f', graphs {gib(needs.graphs)}' if needs.graphs else ''}, and {has}"
         )
     if cache.kv_cache_tokens is not None:
         num_blocks = cache.kv_cache_tokens // cache.block_size

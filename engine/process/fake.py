@@ -105,6 +105,7 @@ def _resolved(limits: SchedulerLimits) -> ResolvedConfig:
         weight_layout="packed",
         weight_bytes=0,
         kv_bytes_per_token=8,
+        graph_bytes=0,
         step_bytes=0,
         activation_bytes=0,
         choices=(),

@@ -223,9 +223,9 @@ def _parts(model: ModelConfig, resolved: ResolvedConfig, gpu: Gpu) -> Iterator[P
     if gpu.architecture == "cpu":
         yield Part("left to the machine", left)
         return
-    yield Part("CUDA graphs", 0, "none are captured")
+    yield Part("CUDA graphs", resolved.graph_bytes, "kept for them, not measured" if resolved.graphs else "none")
     yield Part("CUDA context", CUDA_CONTEXT_BYTES, "an allowance, not measured")
-    yield Part("left free", left - CUDA_CONTEXT_BYTES)
+    yield Part("left free", left - resolved.graph_bytes - CUDA_CONTEXT_BYTES)
 
 
 def _num_seqs(resolved: ResolvedConfig, context: int) -> int:

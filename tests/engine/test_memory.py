@@ -44,6 +44,10 @@ def config(**settings: Any) -> EngineConfig:
     return EngineConfig.from_settings(settings)
 
 
+def total(resolved: ResolvedConfig) -> int:
+    return resolved.weight_bytes + resolved.graph_bytes + resolved.activation_bytes + resolved.kv_cache_bytes
+
+
 def as_reckoned(resolved: ResolvedConfig, hardware: Hardware = GPU) -> Measured:
     """Return what a measurement shows where all is as it was reckoned."""
     held = resolved.weight_bytes + table_bytes(LLAMA, resolved.max_model_len)
@@ -79,7 +83,7 @@ def test_the_pool_takes_its_share_of_what_is_really_left() -> None:
     resolved = resolve(wanted, LLAMA, GPU)
     found = resize(wanted, LLAMA, GPU, resolved, Measured(20 * GIB, 4 * GIB))
     splits = found.activation_bytes - found.step_bytes - table_bytes(LLAMA, 4096)
-    left = 16 * GIB - split_bytes(LLAMA, num_seqs=256, kv_tokens=0)
+    left = 16 * GIB - split_bytes(LLAMA, num_seqs=256, kv_tokens=0) - found.graph_bytes
     assert found.kv_cache_bytes + splits == pytest.approx(left / 2, rel=0.001)
     assert found.kv_cache_bytes + splits <= left / 2
 
@@ -128,12 +132,12 @@ def test_what_to_change_once_memory_has_run_out(settings: dict[str, Any], names:
     resolved = resolve(wanted, LLAMA, GPU)
     ways = ways_to_spare(wanted, LLAMA, GPU, resolved)
     assert [name for way, _ in ways for name in way][: len(names)] == names
-    before = resolved.weight_bytes + resolved.activation_bytes + resolved.kv_cache_bytes
+    before = total(resolved)
     for way, spared in ways:
         grows = way.keys() & {"gpu_memory_utilization", "max_model_len"}
         pool = {} if grows else {"kv_cache_tokens": resolved.num_blocks * 64}
         less = resolve(changed(wanted, pool | dict(way)), LLAMA, GPU)
-        assert before - less.weight_bytes - less.activation_bytes - less.kv_cache_bytes == spared > 0
+        assert before - total(less) == spared > 0
     said = str(out_of_memory(torch.OutOfMemoryError(OUT), "run a step", wanted, LLAMA, GPU, resolved))
     assert said.startswith("a GPU has run out of memory (run a step): CUDA out of memory. Tried to allocate 2.00 GiB. ")
     assert "of which 1.50 GiB is free; try --" in said
@@ -257,7 +261,7 @@ def test_the_largest_step_takes_what_was_predicted(
 def test_more_than_was_predicted_is_warned_of(
     gpu: FakeGpu, make_llm: Callable[..., LLM], caplog: pytest.LogCaptureFixture
 ) -> None:
-    gpu.factor = 3.0
+    gpu.factor, gpu.free_bytes = 3.0, 4 << 20
     larger = make_llm(**SETTINGS).engine.resolved
     (record,) = caplog.records
     assert re.match(r"the largest step takes .* GiB, which is more than the .* GiB reckoned with", record.getMessage())

@@ -70,13 +70,15 @@ def test_a_plan_of_llama_on_an_h100() -> None:
     assert found["rotations"] == 131_072 * 128 * 4
     block, split = 64 * 131_072, 16 * 32 * 130 * 4
     left = 81_559 * 2**20 - CUDA_CONTEXT_BYTES - 2 * TOTALS["llama-3.1-8b"] - found["a step's tensors"]
-    left -= found["rotations"] + 2 * 256 * split
+    # Graphs: what a step of 256 tokens holds in the MLP, gate and up beside what becomes of them.
+    assert found["CUDA graphs"] == 256 * 2**20 + 256 * (24 + 2 * (2 * 4096 + 14_336 + 28_672))
+    left -= found["rotations"] + 2 * 256 * split + found["CUDA graphs"]
     num_blocks = (int(left * 0.9) - block) // (block + split // 8)
     assert plan.resolved.num_blocks == num_blocks
     assert found["KV pool"] == (num_blocks + 1) * block
     assert found["splits of decode"] == 2 * 256 * split + num_blocks * split // 8
     assert sum(found.values()) == 81_559 * 2**20
-    assert dict(plan.concurrency)[8192] == num_blocks // 128 == 57
+    assert dict(plan.concurrency)[8192] == num_blocks // 128 == 56
 
 
 @pytest.mark.parametrize("name", TOTALS)
