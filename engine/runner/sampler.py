@@ -144,10 +144,10 @@ class Sampler:
     def prepare(self, rows: IntArray, positions: IntArray) -> None:
         """Begin to compute what `launch` will need of these rows and no logits: to be called before the model runs.
 
-        What depends on a token that has not been waited for is begun by `Draw.wait`.
+        A row whose last token is not known keeps the mask of that token until `Draw.wait`, which begins the next one.
         """
         for at, _, extras in self._placed(rows, LOOKS_BACK):
-            if extras.grammar is not None and not extras.num_awaited:
+            if extras.grammar is not None:
                 extras.grammar.prepare(int(positions[at]), self._mask_workers)
 
     def sample(self, logits: Tensor, rows: IntArray, positions: IntArray) -> SampledTokens:
