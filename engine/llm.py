@@ -316,6 +316,8 @@ class LLM:
                     progress.num_output_tokens = stats.num_output_tokens - before.num_output_tokens
                     progress.num_running, progress.num_waiting = stats.num_running, stats.num_waiting
                     on_progress(progress)
+            while not self._core.scheduler.requests and self._core.has_unfinished:
+                self._core.step()  # nobody is in it any more
         finally:
             for answer in answers:
                 if not answer.finished:

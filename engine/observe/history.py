@@ -202,9 +202,11 @@ class StepTable:
         self._places = np.repeat(np.arange(len(self.steps)), lengths)[order]
         self._num_tokens = _concatenate([event.num_scheduled_tokens for event in self.steps])[order]
         self._sampled = sampled[order]
-        self.execute_s: FloatArray = np.array([event.execute_s for event in self.steps])
         self.start_s: FloatArray = np.array([event.start_s for event in self.steps])
         self.end_s: FloatArray = np.array([event.end_s for event in self.steps])
+        self.run_s: FloatArray = np.array([event.execute_s for event in self.steps])
+        """When the runner got a step, or, where steps overlap, the one before it was over."""
+        np.maximum(self.run_s[1:], self.end_s[:-1], out=self.run_s[1:])
 
     def runs_of(self, stay: Stay) -> Runs:
         """Return what a sequence ran while it had a row."""

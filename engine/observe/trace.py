@@ -3,6 +3,7 @@
 Three processes: the engine (its steps, with what scheduling, the model and the update took; counters), the rows (who
 had each, and in it every chunk and every stretch of decoding), and the queue (why its head waited; everybody's waits).
 Slices of one track must nest; so what a row runs begins when the runner gets the step, after the row changed hands.
+Where steps overlap, every other one is on a track of its own, and what a row runs begins when the step before is over.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from ..events import Moment
 from .history import HeadWaits, Life, Runs, Stay, StepTable, lives
 from .ring import EventRing
 
 __all__ = ["chrome_trace"]
 
 ENGINE, ROWS, QUEUE = 1, 2, 3
-STEPS, HEAD, WAITS, FIRST_ROW = 1, 2, 3, 10
+STEPS, HEAD, WAITS, OTHER_STEPS, FIRST_ROW = 1, 2, 3, 4, 10
 """Threads: numbers of their own over all processes, and none of them 0, which viewers take for an idle CPU."""
 Json = dict[str, Any]
 
@@ -72,7 +74,8 @@ def _names(rows: list[int]) -> Iterator[Json]:
     for pid, name in ((ENGINE, "engine"), (ROWS, "rows"), (QUEUE, "queue")):
         yield {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}}
         yield {"ph": "M", "pid": pid, "name": "process_sort_index", "args": {"sort_index": pid}}
-    threads = [(ENGINE, STEPS, "steps"), (QUEUE, HEAD, "head of the queue"), (QUEUE, WAITS, "everybody's waits")]
+    threads = [(ENGINE, STEPS, "steps"), (ENGINE, OTHER_STEPS, "steps that overlap them")]
+    threads += [(QUEUE, HEAD, "head of the queue"), (QUEUE, WAITS, "everybody's waits")]
     threads += [(ROWS, FIRST_ROW + row, f"row {row}") for row in rows]
     for pid, tid, name in threads:
         yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": name}}
@@ -80,7 +83,10 @@ def _names(rows: list[int]) -> Iterator[Json]:
 
 
 def _steps(table: StepTable, clock: _Clock, num_blocks: int | None) -> Iterator[Json]:
+    free_s = 0.0
     for event in table.steps:
+        track = STEPS if event.start_s >= free_s else OTHER_STEPS
+        free_s = event.end_s if track == STEPS else free_s
         counts = event.num_scheduled_tokens
         args: Json = {
             "rows": len(event.rows),
@@ -90,10 +96,10 @@ def _steps(table: StepTable, clock: _Clock, num_blocks: int | None) -> Iterator[
         }
         if event.failed:
             args["failed"] = event.failed
-        yield clock.slice(ENGINE, STEPS, f"step {event.step}", event.start_s, event.end_s, **args)
+        yield clock.slice(ENGINE, track, f"step {event.step}", event.start_s, event.end_s, **args)
         times = (event.start_s, event.execute_s, event.update_s, event.end_s)
         for name, start_s, end_s in zip(("schedule", "execute", "update"), times, times[1:], strict=False):
-            yield clock.slice(ENGINE, STEPS, name, start_s, end_s)
+            yield clock.slice(ENGINE, track, name, start_s, end_s)
         counters: list[tuple[str, Json]] = [
             ("requests", {"running": len(event.rows), "waiting": event.num_waiting}),
             ("tokens in the step", {"prefill": args["prefill_tokens"], "decode": len(event.sampled)}),
@@ -110,9 +116,8 @@ def _residence(table: StepTable, life: Life, clock: _Clock) -> Iterator[Json]:
     for stay in life.stays:
         runs, track = table.runs_of(stay), FIRST_ROW + stay.admitted.row
         name = life.request_id if life.choice == 0 else f"{life.request_id} [{life.choice}]"
-        yield clock.slice(
-            ROWS, track, name, stay.admitted.time_s, _end_s(table, stay, runs, clock), **_facts(life, stay)
-        )
+        left_s = _end_s(table, stay, runs, clock)
+        yield clock.slice(ROWS, track, name, stay.admitted.time_s, left_s, **_facts(life, stay))
         # Chunks one by one, decoding from one chunk to the next as a whole: a slice a token would be millions.
         breaks = np.flatnonzero(runs.is_chunk[1:] | runs.is_chunk[:-1]) + 1
         if len(runs.places):
@@ -121,14 +126,15 @@ def _residence(table: StepTable, life: Life, clock: _Clock) -> Iterator[Json]:
                 is_chunk = bool(runs.is_chunk[part[0]])
                 what, counts = ("prefill", runs.num_tokens) if is_chunk else ("decode", runs.sampled)
                 name, first_step = f"{what} {int(counts[part].sum())}", int(first) + table.first_step
-                times = float(table.execute_s[first]), float(table.end_s[last])
-                yield clock.slice(ROWS, track, name, *times, first_step=first_step, num_steps=len(part))
+                start_s, end_s = min(float(table.run_s[first]), left_s), min(float(table.end_s[last]), left_s)
+                yield clock.slice(ROWS, track, name, start_s, end_s, first_step=first_step, num_steps=len(part))
 
 
 def _end_s(table: StepTable, stay: Stay, runs: Runs, clock: _Clock) -> float:
-    """Return when a row was left: not before the end of the last step in which it ran."""
+    """Return when a row was left: if in the update of a step, at its end."""
     left_s = clock.end_s if stay.left is None else stay.left.time_s
-    return max(left_s, float(table.end_s[runs.places[-1]])) if len(runs.places) else left_s
+    in_time = stay.left is None or stay.left.moment == Moment.UPDATE
+    return max(left_s, float(table.end_s[runs.places[-1]])) if in_time and len(runs.places) else left_s
 
 
 def _facts(life: Life, stay: Stay) -> Json:

@@ -80,11 +80,11 @@ class Run:
     """By sequence: tokens in its news."""
 
 
-def busy_run(*recorders: Recorder, num_requests: int = 40, seed: int = 0) -> Run:
+def busy_run(*recorders: Recorder, num_requests: int = 40, seed: int = 0, max_steps_in_flight: int = 1) -> Run:
     """Run requests that share prefixes in a pool that is too small, some aborted, cut, failed, in several choices."""
     log, rng = Log(*recorders), Random(seed)
     # Now and then a row is taken for nothing, and given back to the same sequence within the step.
-    core = make_core(log, faults=FaultConfig(preempt_every=13))
+    core = make_core(log, faults=FaultConfig(preempt_every=13), max_steps_in_flight=max_steps_in_flight)
     run = Run(core, log)
     runner = core.runner
     assert isinstance(runner, FakeRunner)

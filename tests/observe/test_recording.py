@@ -222,8 +222,10 @@ def test_shared_blocks_are_seen() -> None:
     assert set(core.snapshot().blocks.tolist()) == {BlockState.FREE}
 
 
-def test_a_chrome_trace_is_well_formed(ring_and_run: tuple[EventRing, Run]) -> None:
-    ring, run = ring_and_run
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
+def test_a_chrome_trace_is_well_formed(max_steps_in_flight: int) -> None:
+    ring = EventRing()
+    run = busy_run(ring, max_steps_in_flight=max_steps_in_flight)
     trace = json.loads(json.dumps(chrome_trace(ring, num_blocks=NUM_BLOCKS), allow_nan=False))
     tracks: dict[tuple[int, int], list[tuple[float, float, str]]] = defaultdict(list)
     named: set[tuple[int, int]] = set()
@@ -251,13 +253,16 @@ def test_a_chrome_trace_is_well_formed(ring_and_run: tuple[EventRing, Run]) -> N
             end = start + duration
             assert not open_until or end <= open_until[-1] + 1e-6, f"{name} sticks out on {pid}/{tid}"
             open_until.append(end)
-    steps = [each for each in tracks[1, 1] if each[2].startswith("step")]
+    steps = [each for each in tracks[1, 1] + tracks[1, 4] if each[2].startswith("step")]
+    assert (len(tracks[1, 4]) > 0) == (max_steps_in_flight == 2)
     assert len(steps) == len(ring.steps)
     decoded = [name for (pid, _), slices in tracks.items() if pid == 2 for _, _, name in slices]
     num_decoded = sum(int(name.split()[1]) for name in decoded if name.startswith("decode "))
     num_prefilled = sum(int(name.split()[1]) for name in decoded if name.startswith("prefill "))
     num_run = sum(int(event.num_scheduled_tokens.sum()) for event in ring.steps)
-    assert num_prefilled <= num_run <= num_prefilled + num_decoded + 40
+    num_wasted = run.core.scheduler.stats.num_wasted_tokens
+    assert num_wasted == sum(event.num_wasted_tokens for event in ring.steps)
+    assert num_prefilled <= num_run <= num_prefilled + num_decoded + num_wasted + 40
     assert num_decoded <= sum(run.num_heard.values())
 
 
