@@ -4,10 +4,11 @@ not know what is measured of it.
 It is started as any engine is, over a tiny random model with the real tokenizer of SmolLM2. Only what would run on the
 device is replaced: the model, attention's plan and the sampling op, which make a token of what they are given,
 
-    hidden = (token * 31337 + (position + 1) * 7919) mod vocab_size        of the last token that the row runs
-    token  = (hidden + seed) mod vocab_size                                no seed where all rows are greedy
+    hidden = (token * 31337 + (position + 1) * 7919) mod 4096        of the last token that the row runs
+    token  = (hidden + seed) mod 4096                                no seed where all rows are greedy
 
-so that a token fed from another row, a wrong position or a neighbour's seed shows in every token after it. The device
+so that a token fed from another row, a wrong position or a neighbour's seed shows in every token after it. They are the
+4,096 commonest of the vocabulary, of which most text consists, bytes of rare characters among them. The device
 is a stream: a step begins when the host has launched it and the one before has ended, takes `step_s`, and its tokens
 can be had from then on. Whether the host is ready by then is what the log tells.
 """
@@ -34,6 +35,7 @@ from octavo.kernels import dispatch
 from octavo.kernels.sampling import SampleOutput, SampleParams
 
 VOCAB_SIZE = 49_152
+NUM_IDS = 4096
 MAX_MODEL_LEN = 4096
 TOKEN_FACTOR, POSITION_FACTOR = 31_337, 7_919
 MAX_STEPS = 1 << 14
@@ -156,7 +158,7 @@ def null_forward(token_ids: torch.Tensor, metadata: Any, cache: Any, capture: Se
     """Stand in for `Decoder.forward`."""
     hidden = (metadata.positions + 1) * POSITION_FACTOR
     hidden += token_ids * TOKEN_FACTOR
-    return hidden.remainder_(VOCAB_SIZE).unsqueeze(1), []
+    return hidden.remainder_(NUM_IDS).unsqueeze(1), []
 
 
 def null_logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -169,7 +171,7 @@ def null_sample(logits: torch.Tensor, params: SampleParams, *, out: SampleOutput
     assert out is None
     token_ids = logits[:, 0]
     if params.seed is not None:
-        token_ids = (token_ids + params.seed).remainder_(VOCAB_SIZE)
+        token_ids = (token_ids + params.seed).remainder_(NUM_IDS)
     return SampleOutput(token_ids, torch.zeros(len(token_ids), dtype=torch.bool))
 
 
@@ -179,7 +181,7 @@ def expected_tokens(prompts: Sequence[Sequence[int]], seeds: Sequence[int], num_
     length = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     found = np.empty((len(prompts), num_tokens), dtype=np.int64)
     for i in range(num_tokens):
-        last = ((last * TOKEN_FACTOR + length * POSITION_FACTOR) % VOCAB_SIZE + np.array(seeds)) % VOCAB_SIZE
+        last = ((last * TOKEN_FACTOR + length * POSITION_FACTOR) % NUM_IDS + np.array(seeds)) % NUM_IDS
         found[:, i], length = last, length + 1
     return found
 
@@ -246,7 +248,7 @@ def null_llm(config: EngineConfig) -> LLM:
     texts: Any = llm._texts
     process, log = texts.process, log_of(llm.engine)
     pieces = llm.tokenizer.pieces(skip_special_tokens=True)
-    for token_id in range(VOCAB_SIZE):
+    for token_id in range(NUM_IDS):
         pieces[token_id]  # a server that runs has met them all
 
     def timed_process(news: Any) -> Any:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from null_device import VOCAB_SIZE, StepLog, expected_tokens, log_of, null_llm, set_device, write_checkpoint
+from null_device import NUM_IDS, StepLog, expected_tokens, log_of, null_llm, set_device, write_checkpoint
 from octavo.engine.async_llm import AsyncLLM
 from octavo.engine.config import EngineConfig
 from octavo.engine.sampling_params import SamplingParams
@@ -100,7 +101,7 @@ class Load:
     @classmethod
     def of(cls, case: Case, args: argparse.Namespace, seed: int) -> Load:
         rng = np.random.default_rng(seed)
-        prompts = rng.integers(0, VOCAB_SIZE, (case.num_seqs, args.prompt_tokens)).tolist()
+        prompts = rng.integers(0, NUM_IDS, (case.num_seqs, args.prompt_tokens)).tolist()
         # The first sequences decode while the last prompts still run.
         num_tokens = num_output_tokens(case.num_seqs, args)
         seeds = [0 if case.rows == "greedy" else 1 + i for i in range(case.num_seqs)]
@@ -328,7 +329,7 @@ def main() -> None:
         print(verdict)
     if args.json is not None:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
-        facts = machine("cpu") | {"python": platform.python_version(), "numpy": np.__version__}
+        facts = machine("cpu") | {"python": platform.python_version(), "numpy": np.__version__, "load": os.getloadavg()}
         rows = [asdict(case) | {"us": asdict(cost)} for case, cost in found]
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": facts, "settings": settings, "rows": rows}, indent=1) + "\n")
