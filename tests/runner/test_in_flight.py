@@ -5,6 +5,7 @@ sampling is launched. It does not know a scheduler.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +21,7 @@ from octavo.engine.runner.sampler import SampledTokens
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import ModelOutput, SchedulerOutput
 from octavo.kernels import dispatch, use_backend
-from octavo.kernels.sampling import SampleOutput
+from octavo.kernels.sampling import LogprobOutput, SampleOutput
 
 from ..checkpoints import make_prompts, make_tiny_llama
 from ..models.teacher import load_decoder
@@ -241,7 +242,7 @@ def test_nothing_is_read_back_before_the_wait(monkeypatch: pytest.MonkeyPatch) -
     params = [
         SamplingParams(temperature=0),
         SamplingParams(temperature=0.7, top_k=9, top_p=0.8, min_p=0.1, seed=4),
-        SamplingParams(repetition_penalty=1.2, frequency_penalty=0.4),
+        SamplingParams(repetition_penalty=1.2, frequency_penalty=0.4, logprobs=2),
         SamplingParams(logit_bias={3: 1.0}, allowed_token_ids=[3, 4, 5], bad_words_token_ids=[[4]]),
         SamplingParams(return_hidden_states=[0, 2]),
         SamplingParams(min_tokens=5, stop_token_ids=[7]),
@@ -251,12 +252,19 @@ def test_nothing_is_read_back_before_the_wait(monkeypatch: pytest.MonkeyPatch) -
         empty = torch.empty(len(logits), dtype=torch.int64, device="meta")
         return out or SampleOutput(empty, empty.bool())
 
+    def no_logprobs(logits: torch.Tensor, num_top: int, _token_ids: Any) -> LogprobOutput:
+        top, one = (torch.empty((len(logits), *width), device="meta") for width in ((num_top,), ()))
+        return LogprobOutput(top, top.long(), one, one.long())
+
     plan = Steps()
     sequences = [make_sequence(row, [1, 2, 3], each) for row, each in enumerate(params)]
-    with dispatch.override("sample", nothing), dispatch.override("plan_paged_attention", lambda *_, **__: None):
-        runner.execute(plan(dict.fromkeys(range(6), 3), sequences))
-        for _ in range(3):
-            runner.execute(plan(dict.fromkeys(range(6), 1)))
+    with ExitStack() as stack:  # the torch backend's own ops do ask
+        no_ops = {"sample": nothing, "log_softmax_top": no_logprobs, "plan_paged_attention": lambda *_, **__: None}
+        for op, no_op in no_ops.items():
+            stack.enter_context(dispatch.override(op, no_op))
+        handles = [runner.execute(plan(dict.fromkeys(range(6), 3), sequences))]
+        handles += [runner.execute(plan(dict.fromkeys(range(6), 1))) for _ in range(3)]
+    assert [handle._error for handle in handles] == [None] * 4  # what `wait` would raise of the sampling
     assert len(model.calls) == 4
     monkeypatch.setattr(
         model_runner, "build_attention_metadata", lambda _, inputs, *__, **___: inputs.seq_lens[0].item()
