@@ -5,19 +5,21 @@ how they are chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from octavo.kernels.sampling import LogprobOutput
+from octavo.kernels.sampling import LogprobOutput, SampleParams
 from torch import Tensor
 
 from ..step import LogprobEntry, RowError
 from .row_extras import PlacedExtras
 from .row_grammar import MaskWorkers
+from .seen_tokens import PenalisedRows
 from .staging import HostCopy
 
-__all__ = ["Draw", "Launched", "SampledTokens", "logprob_entries"]
+__all__ = ["Batch", "Draw", "SampledTokens", "logprob_entries"]
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -37,15 +39,26 @@ class SampledTokens(NamedTuple):
     """By position in the batch, of rows that asked."""
 
 
-class Launched(NamedTuple):
-    """What has been launched for one step, on the device."""
+@dataclass(slots=True)
+class Batch:
+    """What was gathered for some rows; good until a row changes hands, or may sample its stop tokens."""
 
-    sampled: Tensor
-    """[2, n] int32: token ids, and 1 where the row failed."""
-    finite: Tensor | None
-    """[num_limited] bool: whether the model's logits were, of rows whose choice is limited; None: there are none."""
-    logprobs: LogprobOutput | None
-    """[num_wanted] each, of rows that asked; None: there are none."""
+    version: int
+    rows: IntArray
+    may_stop: npt.NDArray[np.bool_]
+    """[n] whether `min_tokens` has been reached."""
+    used: int
+    params: SampleParams
+    """Without positions, penalties and what depends on tokens that the host must know."""
+    placed: list[PlacedExtras]
+    looking_back: list[PlacedExtras]
+    limited: list[PlacedExtras]
+    limited_at: Tensor | None
+    penalised: PenalisedRows | None
+    wanted: tuple[list[int], list[int]]
+    """Positions of rows that want log-probabilities, and how many top tokens each."""
+    wanted_at: Tensor | None
+    """None: all rows do."""
 
 
 class Draw:
@@ -55,36 +68,30 @@ class Draw:
     between steps belongs to one sequence, and is another object for the next.
 
     Args:
-        launched: is copied to the host at once.
+        batch: the rows.
         positions: [n] of the tokens.
-        limited: the rows of `launched.finite`.
-        looking_back: the rows that must learn their token.
-        wanted: [num_wanted] positions in the batch, and how many top tokens each reports.
+        sampled: [2, n] int32 on the device: token ids, and 1 where the row failed.
+        finite: [num_limited] bool: whether the model's logits were, of `batch.limited`; None: there are none.
+        logprobs: [num_wanted] each, of rows that asked; None: there are none.
         workers: begin the masks of the next tokens.
     """
 
     def __init__(
         self,
-        launched: Launched,
+        batch: Batch,
         positions: IntArray,
+        sampled: Tensor,
+        finite: Tensor | None,
+        logprobs: LogprobOutput | None,
         *,
-        limited: Sequence[PlacedExtras],
-        looking_back: Sequence[PlacedExtras],
-        wanted: tuple[Sequence[int], Sequence[int]],
         workers: MaskWorkers,
     ) -> None:
-        self.token_ids = launched.sampled[0]
+        self.token_ids = sampled[0]
         """[n] int32, on the device."""
-        tensors = [launched.sampled]
-        if launched.finite is not None:
-            tensors.append(launched.finite)
-        tensors += [each for each in launched.logprobs or () if each is not None]
-        self._has_finite = launched.finite is not None
-        self._copy = HostCopy(tensors, launched.sampled.device)
+        tensors = [sampled, finite, *(logprobs or ())]
+        self._copy = HostCopy([tensor for tensor in tensors if tensor is not None], sampled.device)
+        self._batch = batch
         self._positions = positions
-        self._limited = limited
-        self._looking_back = looking_back
-        self._wanted = wanted
         self._workers = workers
 
     def wait(self) -> SampledTokens:
@@ -92,16 +99,14 @@ class Draw:
         sampled, *others = self._copy.wait()
         token_ids, has_failed = sampled.numpy()
         failed = has_failed.astype(np.bool_) if has_failed.any() else None
-        finite = others.pop(0) if self._has_finite else None
+        limited, (places, num_top) = self._batch.limited, self._batch.wanted
+        is_finite = others.pop(0).tolist() if limited else []
         errors = {}
-        if failed is not None and finite is not None:
-            is_finite = finite.tolist()
-            errors = {
-                each.at: each.extras.error for i, each in enumerate(self._limited) if failed[each.at] and is_finite[i]
-            }
+        if failed is not None:
+            of_finite = (each for each, is_so in zip(limited, is_finite, strict=True) if is_so)
+            errors = {each.at: each.extras.error for each in of_finite if failed[each.at]}
         logprobs = {}
         if others:
-            places, num_top = self._wanted
             entries = zip(places, logprob_entries(LogprobOutput(*others), num_top), strict=True)
             logprobs = {at: entry for at, entry in entries if failed is None or not failed[at]}
         return SampledTokens(token_ids, failed, errors, self._remember(token_ids, failed), logprobs)
@@ -111,7 +116,7 @@ class Draw:
     ) -> npt.NDArray[np.bool_] | None:
         """Tell rows that look back their tokens; return those whose output ends with theirs."""
         ended: npt.NDArray[np.bool_] | None = None
-        for at, _, extras in self._looking_back:
+        for at, _, extras in self._batch.looking_back:
             extras.num_awaited -= 1
             has_token = failed is None or not failed[at]
             if has_token and extras.append(int(token_ids[at]), int(self._positions[at]), self._workers):

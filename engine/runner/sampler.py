@@ -13,7 +13,7 @@ words have to know its last token cannot be launched before that has been waited
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..sampling_params import SamplingParams
 from ..step import Grammar
-from .draw import Draw, Launched, SampledTokens, logprob_entries
+from .draw import Batch, Draw, SampledTokens, logprob_entries
 from .row_extras import PlacedExtras, RowExtras, make_extras, upload_extras
 from .row_grammar import MaskWorkers
 from .row_settings import DRAWN, EXTRAS, LOGPROBS, LOOKS_BACK, PENALTIES, RowSettings, upload
@@ -34,28 +34,6 @@ from .staging import Staging
 __all__ = ["Draw", "SampledTokens", "Sampler", "logprob_entries"]
 
 IntArray = npt.NDArray[np.integer[Any]]
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What was gathered for some rows; good until a row changes hands, or may sample its stop tokens."""
-
-    version: int
-    rows: IntArray
-    may_stop: npt.NDArray[np.bool_]
-    """[n] whether `min_tokens` has been reached."""
-    used: int
-    params: SampleParams
-    """Without positions, penalties and what depends on tokens that the host must know."""
-    placed: list[PlacedExtras]
-    looking_back: list[PlacedExtras]
-    limited: list[PlacedExtras]
-    limited_at: Tensor | None
-    penalised: PenalisedRows | None
-    wanted: tuple[list[int], list[int]]
-    """Positions of rows that want log-probabilities, and how many top tokens each."""
-    wanted_at: Tensor | None
-    """None: all rows do."""
 
 
 class Sampler:
@@ -86,7 +64,7 @@ class Sampler:
         self._mask_workers = MaskWorkers()
         self._version = 0
         """How often a row has changed hands."""
-        self._latest: _Batch | None = None
+        self._latest: Batch | None = None
 
     @property
     def num_valid_ids(self) -> int | None:
@@ -183,16 +161,9 @@ class Sampler:
                 x, chosen = x[batch.wanted_at], chosen[batch.wanted_at]
             x = x[:, : self._num_valid_ids]
             logprobs = log_softmax_top(x, min(max(batch.wanted[1]), x.shape[1]), chosen)
-        return Draw(
-            Launched(sampled, finite, logprobs),
-            positions,
-            limited=batch.limited,
-            looking_back=batch.looking_back,
-            wanted=batch.wanted,
-            workers=self._mask_workers,
-        )
+        return Draw(batch, positions, sampled, finite, logprobs, workers=self._mask_workers)
 
-    def _batch(self, rows: IntArray, positions: IntArray) -> _Batch:
+    def _batch(self, rows: IntArray, positions: IntArray) -> Batch:
         """Return what is gathered for these rows, again only where it has changed."""
         latest, may_stop = self._latest, positions >= self._settings.stops_from[rows]
         if (
@@ -204,7 +175,7 @@ class Sampler:
             latest = self._latest = self._gather_batch(rows, positions, may_stop)
         return latest
 
-    def _gather_batch(self, rows: IntArray, positions: IntArray, may_stop: npt.NDArray[np.bool_]) -> _Batch:
+    def _gather_batch(self, rows: IntArray, positions: IntArray, may_stop: npt.NDArray[np.bool_]) -> Batch:
         settings, flags = self._settings, self._settings.flags[rows]
         used = int(np.bitwise_or.reduce(flags))
         placed = self._placed(rows, EXTRAS) if used & EXTRAS else []
@@ -212,7 +183,7 @@ class Sampler:
         wanted = (flags & LOGPROBS).nonzero()[0]
         at = (flags & PENALTIES).nonzero()[0]
         penalised = PenalisedRows(at, rows[at], settings.strengths(rows[at]), self._staging) if len(at) else None
-        return _Batch(
+        return Batch(
             version=self._version,
             rows=rows,
             may_stop=may_stop,
@@ -237,7 +208,7 @@ class Sampler:
             )
         return SampleParams(num_valid_ids=self._num_valid_ids, **tensors)
 
-    def _params(self, batch: _Batch, positions: IntArray) -> SampleParams:
+    def _params(self, batch: Batch, positions: IntArray) -> SampleParams:
         """Return how this step samples: what was gathered, and what is new in every step."""
         changes: dict[str, Any] = {}
         if batch.used & DRAWN:
