@@ -88,44 +88,20 @@ def plan_paged_attention(
 
 @overload
 def paged_attention_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = ...,
-    soft_cap: float | None = ...,
-    sinks: Tensor | None = ...,
-    k_scale: Tensor | float | None = ...,
-    v_scale: Tensor | float | None = ...,
-    worklist: Any = ...,
-    out: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = ..., soft_cap: float | None = ..., sinks: Tensor | None = ...,
+    k_scale: Tensor | float | None = ..., v_scale: Tensor | float | None = ..., worklist: Any = ...,
+    out: Tensor | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def paged_attention_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = ...,
-    soft_cap: float | None = ...,
-    sinks: Tensor | None = ...,
-    k_scale: Tensor | float | None = ...,
-    v_scale: Tensor | float | None = ...,
-    worklist: Any = ...,
-    out: Tensor | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = ..., soft_cap: float | None = ..., sinks: Tensor | None = ...,
+    k_scale: Tensor | float | None = ..., v_scale: Tensor | float | None = ..., worklist: Any = ...,
+    out: Tensor | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def paged_attention_prefill(
@@ -172,46 +148,20 @@ def paged_attention_prefill(
 
 @overload
 def paged_attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = ...,
-    soft_cap: float | None = ...,
-    sinks: Tensor | None = ...,
-    draft_mask: Tensor | None = ...,
-    k_scale: Tensor | float | None = ...,
-    v_scale: Tensor | float | None = ...,
-    plan: Any = ...,
-    out: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = ..., soft_cap: float | None = ..., sinks: Tensor | None = ...,
+    draft_mask: Tensor | None = ..., k_scale: Tensor | float | None = ..., v_scale: Tensor | float | None = ...,
+    plan: Any = ..., out: Tensor | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def paged_attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = ...,
-    soft_cap: float | None = ...,
-    sinks: Tensor | None = ...,
-    draft_mask: Tensor | None = ...,
-    k_scale: Tensor | float | None = ...,
-    v_scale: Tensor | float | None = ...,
-    plan: Any = ...,
-    out: Tensor | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = ..., soft_cap: float | None = ..., sinks: Tensor | None = ...,
+    draft_mask: Tensor | None = ..., k_scale: Tensor | float | None = ..., v_scale: Tensor | float | None = ...,
+    plan: Any = ..., out: Tensor | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def paged_attention_decode(

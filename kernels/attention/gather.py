@@ -111,22 +111,11 @@ class PagedPlan:
 
 
 def plan_paged_attention(
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    *,
-    op: AttentionOp,
-    num_tokens: int,
-    max_query_len: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    max_splits: int | None = None,
-    max_parts: int | None = None,
-    invariant: bool = False,
+    cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor, *, op: AttentionOp, num_tokens: int,
+    max_query_len: int, num_q_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
+    max_splits: int | None = None, max_parts: int | None = None, invariant: bool = False,
     shared: SharedPrefixes | None = None,
-) -> PagedPlan:
+) -> PagedPlan:  # fmt: skip
     """See `octavo.kernels.plan_paged_attention`: one plan serves both ops, shaped by lengths and blocks alone."""
     return plan_blocks(
         cu_seqlens_q, seq_lens, block_table, block_size=block_size, num_kv_heads=num_kv_heads, invariant=invariant

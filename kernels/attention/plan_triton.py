@@ -181,22 +181,11 @@ def plan_decode(
 
 
 def plan_paged_attention(
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    *,
-    op: AttentionOp,
-    num_tokens: int,
-    max_query_len: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    max_splits: int | None = None,
-    max_parts: int | None = None,
-    invariant: bool = False,
+    cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor, *, op: AttentionOp, num_tokens: int,
+    max_query_len: int, num_q_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
+    max_splits: int | None = None, max_parts: int | None = None, invariant: bool = False,
     shared: SharedPrefixes | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """See `octavo.kernels.plan_paged_attention`. Where nothing is shared, a decoded row's bits depend on its own prefix
     alone in any case, but are those of the same row in a prompt only if `invariant`.
     """

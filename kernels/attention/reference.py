@@ -124,23 +124,11 @@ def _attend(
 
 
 def paged_attention_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    k_scale: Tensor | float | None = None,
-    v_scale: Tensor | float | None = None,
-    worklist: Any = None,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = None, soft_cap: float | None = None, sinks: Tensor | None = None,
+    k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None, worklist: Any = None,
+    out: Tensor | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `PagedPlan`."""
     check_attention(
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,
@@ -192,24 +180,11 @@ def paged_attention_prefill(
 
 
 def paged_attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    draft_mask: Tensor | None = None,
-    k_scale: Tensor | float | None = None,
-    v_scale: Tensor | float | None = None,
-    plan: Any = None,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = None, soft_cap: float | None = None, sinks: Tensor | None = None,
+    draft_mask: Tensor | None = None, k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None,
+    plan: Any = None, out: Tensor | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `octavo.kernels.paged_attention_decode`. `plan` is a `PagedPlan`."""
     check_attention(
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,

@@ -84,17 +84,9 @@ def expand_rows_kernel(
 
 
 def expand_rows(
-    rows: Tensor,
-    num_computed_tokens: Tensor,
-    cu_seqlens_q: Tensor,
-    token_ids: Tensor,
-    last_token_ids: Tensor,
-    block_tables: Tensor,
-    *,
-    block_size: int,
-    num_columns: int,
-    out: ExpandedRows | None = None,
-) -> ExpandedRows:
+    rows: Tensor, num_computed_tokens: Tensor, cu_seqlens_q: Tensor, token_ids: Tensor, last_token_ids: Tensor,
+    block_tables: Tensor, *, block_size: int, num_columns: int, out: ExpandedRows | None = None,
+) -> ExpandedRows:  # fmt: skip
     """See `octavo.kernels.expand_rows`."""
     check_rows(
         rows, num_computed_tokens, cu_seqlens_q, token_ids, last_token_ids, block_tables, block_size=block_size,

@@ -291,23 +291,11 @@ def plan_write_kv(
 
 
 def write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    *,
-    positions: Tensor,
-    cos_sin: Tensor | None = None,
-    rope_style: RopeStyle = "neox",
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
-    k_scale: Tensor | float | None = None,
-    v_scale: Tensor | float | None = None,
-    plan: None = None,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor,
+    cos_sin: Tensor | None = None, rope_style: RopeStyle = "neox", q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None, eps: float = 1e-6, k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None, plan: None = None,
+) -> None:  # fmt: skip
     """See `octavo.kernels.write_kv`."""
     check_write_kv(
         q, k, v, k_cache, v_cache, slot_mapping, positions=positions, cos_sin=cos_sin, q_norm=q_norm, k_norm=k_norm,
