@@ -2,10 +2,11 @@
 
     python benchmarks/scheduler.py [--json]
 
-Steady decode is measured at several numbers of running sequences and two context lengths, interleaved with bare Python
-loops over as many rows in the same run, so that their ratio means something on a busy machine too. A loop does the
-least of what a step must: count, append, look for a stop token and for the limit. One works on the same arrays, element
-by element, which is the price of one careless line; one on plain objects and lists, which no runner could use.
+Steady decode is measured at several numbers of running sequences and two context lengths, with one step out at a time
+and with two (overlap: a step is scheduled before the one before it is taken over), interleaved with bare Python loops
+over as many rows in the same run, so that their ratio means something on a busy machine too. A loop does the least of
+what a step must: count, append, look for a stop token and for the limit. One works on the same arrays, element by
+element, which is the price of one careless line; one on plain objects and lists, which no runner could use.
 No figure is printed for a case that has produced a wrong token.
 """
 
@@ -16,7 +17,9 @@ import json
 import platform
 import statistics
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,7 @@ class StepCost:
 
     num_seqs: int
     context_tokens: int
+    overlap: bool
     median_us: float
     mean_us: float
     p99_us: float
@@ -107,7 +111,9 @@ def object_loop(sequences: list[_Sequence], token_ids: npt.NDArray[np.int32], st
     return num_ended
 
 
-def make_core(num_seqs: int, context_tokens: int, num_steps: int, block_size: int = BLOCK_SIZE) -> EngineCore:
+def make_core(
+    num_seqs: int, context_tokens: int, num_steps: int, block_size: int = BLOCK_SIZE, *, overlap: bool = False
+) -> EngineCore:
     """Return a core whose limits hold so many sequences of that length for so many steps."""
     tokens = context_tokens + num_steps + 2 * block_size
     limits = SchedulerLimits(
@@ -119,15 +125,16 @@ def make_core(num_seqs: int, context_tokens: int, num_steps: int, block_size: in
         block_size=block_size,
         eos_token_ids=frozenset({0}),
         model_id="null",
+        max_steps_in_flight=2 if overlap else 1,
     )
     return EngineCore(Scheduler(limits, time.monotonic), NullRunner())
 
 
-def measure_steps(num_seqs: int, context_tokens: int, num_steps: int = 256) -> StepCost:
+def measure_steps(num_seqs: int, context_tokens: int, num_steps: int = 256, *, overlap: bool = False) -> StepCost:
     """Measure steady decode, step and loops in turns."""
     # The first sequences decode while the last prompts still run.
     max_tokens = num_steps + num_seqs * context_tokens // 8192 + num_seqs + 8
-    core = make_core(num_seqs, context_tokens, max_tokens)
+    core = make_core(num_seqs, context_tokens, max_tokens, overlap=overlap)
     rng = np.random.default_rng(0)
     for i in range(num_seqs):
         # Lengths that differ spread the steps in which rows need a block, as they are in real load.
@@ -137,6 +144,7 @@ def measure_steps(num_seqs: int, context_tokens: int, num_steps: int = 256) -> S
     while scheduler.stats.num_waiting or not _all_decode(scheduler):
         core.step()
     _check(core, num_seqs)
+    out = deque(work for work, _ in core._flights)
     table = RowTable(num_seqs, num_steps + 1, 1)
     table.max_num_tokens[:] = num_steps + 1
     sequences = [_Sequence(0, 0, num_steps + 1) for _ in range(num_seqs)]
@@ -147,7 +155,8 @@ def measure_steps(num_seqs: int, context_tokens: int, num_steps: int = 256) -> S
         moments = [time.perf_counter()]
         work = scheduler.schedule()
         assert work is not None
-        scheduler.update(work, output)
+        out.append(work)
+        scheduler.update(out.popleft(), output)
         moments.append(time.perf_counter())
         array_loop(table, tokens, 0)
         moments.append(time.perf_counter())
@@ -160,6 +169,7 @@ def measure_steps(num_seqs: int, context_tokens: int, num_steps: int = 256) -> S
     return StepCost(
         num_seqs=num_seqs,
         context_tokens=context_tokens,
+        overlap=overlap,
         median_us=statistics.median(step_us),
         mean_us=statistics.fmean(step_us),
         p99_us=sorted(step_us)[int(0.99 * num_steps)],
@@ -207,14 +217,15 @@ def main() -> None:
     args = parser.parse_args()
     steps: list[StepCost] = []
     print("steady decode, microseconds a step: schedule + update")
-    print(f"{'running':>8} {'context':>8} {'median':>8} {'mean':>8} {'p99':>8} {'loop':>8} {'ratio':>6} {'objects':>8}")
+    heads = ("running", "context", "overlap", "median", "mean", "p99", "loop", "ratio", "objects")
+    print(" ".join(f"{head:>8}" for head in heads))
     for num_seqs in NUM_SEQS:
-        for context_tokens in CONTEXT_TOKENS:
-            cost = measure_steps(num_seqs, context_tokens)
+        for context_tokens, overlap in product(CONTEXT_TOKENS, (False, True)):
+            cost = measure_steps(num_seqs, context_tokens, overlap=overlap)
             steps.append(cost)
+            costs = (cost.median_us, cost.mean_us, cost.p99_us, cost.array_loop_us, cost.ratio, cost.object_loop_us)
             print(
-                f"{num_seqs:8} {context_tokens:8} {cost.median_us:8.1f} {cost.mean_us:8.1f} {cost.p99_us:8.1f} "
-                f"{cost.array_loop_us:8.1f} {cost.ratio:6.2f} {cost.object_loop_us:8.1f}"
+                f"{num_seqs:8} {context_tokens:8} {'yes' if overlap else 'no':>8}", *(f"{each:8.2f}" for each in costs)
             )
     admissions = [measure_admission(block_size=block_size) for block_size in (16, 64)]
     for admission in admissions:
