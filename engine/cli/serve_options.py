@@ -35,7 +35,7 @@ _KINDS: Mapping[str, tuple[str, type | tuple[type, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """The flags; see `server_settings` for the checks."""
+    """The flags; see `server_settings` for the checks. [server] may also hold the prefix of metrics' names."""
 
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines can reach needs an API key."""
@@ -51,8 +51,6 @@ class ServeOptions:
     """NAME=X, a limit of what clients may take, such as queue_requests=64; "help" lists them."""
     shutdown_timeout: float = 30.0
     """Seconds that requests may go on after SIGTERM."""
-    metrics_prefix: str = "octavo:"
-    """Of metrics' names; with vllm: existing dashboards work."""
     crash_folder: Path | None = None
     """Where a dying engine leaves its last steps, without any text; not given: the folder for temporary files."""
 

@@ -97,11 +97,9 @@ def test_settings_come_from_the_file_and_flags_win(told: Any, tmp_path: Path) ->
         "--limit",
         "ping_s=1",
     )
-    _, settings, _ = told("--config", file, "--metrics-prefix", "x:", *words)
+    _, settings, _ = told("--config", file, *words)
     limits = Limits(queue_requests=9, body_s=2.5, ping_s=1.0)
-    assert settings == dataclasses.replace(
-        expected, served_model_names=("c",), shutdown_timeout_s=1.5, metrics_prefix="x:", limits=limits
-    )
+    assert settings == dataclasses.replace(expected, served_model_names=("c",), shutdown_timeout_s=1.5, limits=limits)
 
 
 @pytest.mark.parametrize("name", Limits.names())
@@ -382,7 +380,4 @@ def test_options_are_documented_as_they_are() -> None:
     defaults = {each.name: each.default for each in dataclasses.fields(ServeOptions)}
     settings = ServerSettings()
     assert (defaults["host"], defaults["port"]) == (settings.host, settings.port)
-    assert (defaults["shutdown_timeout"], defaults["metrics_prefix"]) == (
-        settings.shutdown_timeout_s,
-        settings.metrics_prefix,
-    )
+    assert defaults["shutdown_timeout"] == settings.shutdown_timeout_s
