@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("engine", "kernels", "tests", "benchmarks", "scripts")
 FACES = ("async_llm.py", "cli", "observe", "process", "server", "structured")
 """In engine/: what surrounds the engine. Its core and the kernels can be read, and run, without them, or the tools."""
-BUDGETS = {"engine and kernels": 15_000, "faces": 9_500, "tools": 8_000}
+BUDGETS = {"engine and kernels": 16_000, "faces": 9_500, "tools": 8_000}
 """Lines of code: octavo is meant to be read in full."""
 MAX_FILE_LINES = 400
 MAX_KERNEL_FILE_LINES = 450
