@@ -25,7 +25,18 @@ from octavo.engine.process.fake import FAKE_ENGINE
 
 from .soak_cases import Bad, Case
 
-__all__ = ["GATHERING_ENGINE", "MOMENTS", "PACED_ENGINE", "WAIT_S", "Answer", "Client", "Moment", "Served", "get", "served"]
+__all__ = [
+    "GATHERING_ENGINE",
+    "MOMENTS",
+    "PACED_ENGINE",
+    "WAIT_S",
+    "Answer",
+    "Client",
+    "Moment",
+    "Served",
+    "get",
+    "served",
+]
 
 WAIT_S = 120.0
 """For what takes seconds on a machine that does nothing else."""
