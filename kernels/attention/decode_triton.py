@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common.checks import check_attention, check_draft_mask, check_positive, check_side_by_side
 from ..common.launch import Target, cdiv, next_power_of_2, target
+from ..common.tuned import tuned
 from .cascade_triton import attend_shared, shares_split
 from .combine_triton import combine_kernel, live_splits, merge_splits, store_rows
 from .gather import SPLIT_TOKENS
@@ -29,7 +30,7 @@ from .tile_triton import LOG2E, capped, check_supported, key_rows, load_rows, so
 
 __all__ = ["DecodeConfig", "config", "decode_kernel", "paged_attention_decode"]
 
-_MAX_REGISTERS: Final = {4: 128, 3: 168, 2: 255}
+_MAX_REGISTERS: Final = {4: 128, 3: 168, 2: 255, 1: 255}
 """Programs of 128 threads that a multiprocessor shall hold -> registers that leave each thread its share."""
 _NATIVE = False
 """Off until all pairs of bytes have been compared on a GPU; then quantised decode issues a third fewer instructions."""
@@ -65,7 +66,7 @@ def config(
     quantised: bool,
     target: Target,
 ) -> DecodeConfig:
-    """Choose how decode is launched; a row's bits do not depend on the choice.
+    """Choose how decode is launched, as measured or else by rule; a row's bits do not depend on the batch's part in it.
 
     Tiles of 16 and of 32 rows lay their scores out alike over the warps, and so sum them in the same order, as long as
     there are more keys than rows. 64 rows would not (another matrix instruction on sm_90), nor would a float32 product.
@@ -79,14 +80,18 @@ def config(
     programs_per_sm = 2 if exact or draft or elements > 2048 else 3 if elements > 1024 else 4
     # Both halves of keys and values in float32 take registers.
     block_n, num_warps = (16, 8 if wide else 4) if exact and quantised else (32 if wide else 64, 4)
+    measured = {} if exact else tuned("decode", target.arch, head_dim=head_dim, dtype=dtype, quantised=quantised)
+    num_warps = measured.get("num_warps", num_warps)
+    if block_h == 16 and not draft:  # others hold more registers
+        programs_per_sm = measured.get("programs_per_sm", programs_per_sm)
     return DecodeConfig(
         block_h,
-        block_n=block_n,
+        block_n=measured.get("block_n", block_n),
         num_tiles=num_tiles,
         num_programs=max(1, target.num_sms * programs_per_sm * 4 // (num_warps * num_kv_heads * num_tiles)),
         max_registers=_MAX_REGISTERS[programs_per_sm],
         num_warps=num_warps,
-        num_stages=3,
+        num_stages=measured.get("num_stages", 3),
         native=_NATIVE and not exact and target.arch > 80,
     )
 
@@ -299,24 +304,11 @@ def decode_kernel(
 
 
 def paged_attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    draft_mask: Tensor | None = None,
-    k_scale: Tensor | float | None = None,
-    v_scale: Tensor | float | None = None,
-    plan: Any = None,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = None, soft_cap: float | None = None, sinks: Tensor | None = None,
+    draft_mask: Tensor | None = None, k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None,
+    plan: Any = None, out: Tensor | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `octavo.kernels.paged_attention_decode`. `plan` is a `DecodePlan` or an `InvariantPlan`."""
     check_attention(
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.checks import check_attention, check_positive, check_side_by_side
 from ..common.launch import Target, cdiv, next_power_of_2, target
+from ..common.tuned import tuned
 from .invariant_triton import InvariantPlan, attend_invariant
 from .quantised_triton import attend_pairs, cache_pairs, join_pairs, layer_scale, no_pairs, score_pairs, split_queries
 from .tile_triton import LARGEST, LOG2E, capped, check_supported, finish, fit_tiles, load_rows, slot_rows, softmax_step
@@ -40,7 +41,7 @@ class Config:
 def config(
     *, head_dim: int, group_size: int, dtype: torch.dtype, plain: bool, quantised: bool = False, target: Target
 ) -> Config:
-    """Return the launch settings of one geometry: the largest tiles that spill no registers, and fit.
+    """Return the launch settings of one geometry: as measured, or the largest tiles that spill no registers, and fit.
 
     Args:
         plain: without window and soft cap, which cost registers.
@@ -48,6 +49,9 @@ def config(
     wide = head_dim > 128
     if dtype == torch.float32:  # exact products use no tensor cores and hold their operands in registers
         block_m, block_n, num_stages = 16 if wide else 32, 16, 2
+    elif found := tuned("prefill", target.arch, head_dim=head_dim, dtype=dtype, quantised=quantised, plain=plain):
+        heads = heads_per_tile(found["block_m"], group_size)
+        return Config(found["block_m"], found["block_n"], heads, found["num_warps"], found["num_stages"])
     else:
         # Three stages: the keys and values of the next two tiles are on their way while one is computed.
         block_m, block_n, num_stages = 64 if wide else 128, 64, 3
@@ -291,23 +295,11 @@ def _prefill(
 
 
 def paged_attention_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    k_scale: Tensor | float | None = None,
-    v_scale: Tensor | float | None = None,
-    worklist: Any = None,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cu_seqlens_q: Tensor, seq_lens: Tensor, block_table: Tensor,
+    scale: float, window: int | None = None, soft_cap: float | None = None, sinks: Tensor | None = None,
+    k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None, worklist: Any = None,
+    out: Tensor | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `octavo.kernels.paged_attention_prefill`. `worklist` is a `Worklist` or an `InvariantPlan`."""
     check_attention(
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, window=window, soft_cap=soft_cap, sinks=sinks,
