@@ -5,10 +5,11 @@
 
 The device of `null_device.py` takes 0, 1 or 5 ms for a step; scheduling, building the batch, the sampler's bookkeeping,
 taking over tokens, text and stop strings are the engine's own. Steps are measured in which every sequence decodes one
-token, with prompts of 256 tokens before it. Each figure is the median over the steps of a run, then over the rounds:
+token, with prompts of 256 tokens before it. Each figure is a median over the steps of a run; of several rounds the one
+with the least work counts, as what else the machine does makes them slower and nothing makes them faster:
 
     schedule   which rows run, and which blocks they get
-    execute    the runner's part until everything is launched
+    execute    the runner's part until everything is launched; expanding the rows is in it, one launch on a GPU
     collect    an output made of what the device left behind
     update     tokens taken over, rows ended, news told
     text       news turned into text, stop strings looked for (in a process of its own: the front does it elsewhere)
@@ -150,7 +151,7 @@ def cost_of(log: StepLog, start: int, case: Case, num_steps: int) -> Cost:
     work_s = log.ended_at_s[now] - log.ended_at_s[before] - log.asleep_s[now]
     cpu_s = log.cpu_at_s[now] - log.cpu_at_s[before] - log.asleep_cpu_s[now]
     begun_at_s = log.begun_at_s[now]
-    idle_s = np.diff(begun_at_s) - case.step_ms * 1e-3
+    idle_s = np.maximum(np.diff(begun_at_s) - case.step_ms * 1e-3, 0.0)
     parts = (log.schedule_s, log.execute_s, log.collect_s, log.update_s, log.text_s)
     told = [1e6 * float(np.median(part[now])) for part in parts]
     work = 1e6 * float(np.median(work_s))
@@ -226,7 +227,7 @@ class Process:
 
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[Case, Cost]]:
-    """Yield each case with the medians of its rounds; one engine for all cases that can share it."""
+    """Yield each case with its best round; one engine for all cases that can share it."""
     with tempfile.TemporaryDirectory(prefix="octavo-overhead-") as name:
         folder = write_checkpoint(Path(name))
         for front, num_seqs, overlap in product(args.front, args.seqs, args.overlap):
@@ -265,7 +266,7 @@ def _rounds(engine: Here | Process, cases: list[Case], args: argparse.Namespace)
             costs[case].append(cost_of(engine.log, start, case, args.steps))
     print("\r".ljust(79) + "\r", end="", file=sys.stderr, flush=True)
     for case, each in costs.items():
-        yield case, Cost(*(float(value) for value in np.median([astuple(cost) for cost in each], axis=0)))
+        yield case, min(each, key=lambda cost: cost.work)
 
 
 def label(case: Case) -> str:
