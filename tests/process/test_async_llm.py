@@ -22,7 +22,9 @@ TINY = {"invariant": True, "device": "cpu", "block_size": 16, "kv_cache_tokens":
 
 @BOTH
 def test_answers_are_those_of_llm(in_process: bool, tiny_folder: Path) -> None:
+    """With steps that overlap, and without."""
     config = EngineConfig.from_settings({"model": str(tiny_folder)} | TINY)
+    overlapped = EngineConfig.from_settings({"model": str(tiny_folder), "overlap": True} | TINY)
     requests: list[tuple[str, dict[str, Any]]] = [
         ("the thin thing", {"temperature": 0, "max_tokens": 20}),
         ("in the beginning", {"seed": 3, "max_tokens": 40, "n": 3, "logprobs": 2, "prompt_logprobs": 1}),
@@ -35,7 +37,7 @@ def test_answers_are_those_of_llm(in_process: bool, tiny_folder: Path) -> None:
     alone = LLM(config=config)
 
     async def main() -> None:
-        llm = await AsyncLLM.start(config, in_process=in_process)
+        llm = await AsyncLLM.start(overlapped, in_process=in_process)
 
         async def one(text: str, params: dict[str, Any]) -> Any:
             return await collect(llm, await llm.encode(text), params=params, prompt=text, stream="stop" not in params)
@@ -140,9 +142,10 @@ class Events:
 
 
 @BOTH
-def test_events_come_completely_and_in_order(in_process: bool) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_events_come_completely_and_in_order(in_process: bool, overlap: bool) -> None:
     async def main() -> None:
-        llm = await start(in_process)
+        llm = await start(in_process, settings={"overlap": overlap})
         events = Events()
         llm.subscribe(events)
         params = {"seed": 1, "max_tokens": 10}
