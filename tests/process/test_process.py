@@ -331,7 +331,7 @@ def test_engine_stands_still_while_its_front_does_not_read() -> None:
         link = llm._link
         assert isinstance(link, ProcessLink)
         transport: Any = link._transport
-        params = {"seed": 1, "max_tokens": 1500}  # a megabyte or more of news, which no buffer between the two holds
+        params = {"seed": 1, "max_tokens": 3500}  # a megabyte or more of news, which no buffer between the two holds
         streams = [asyncio.create_task(collect(llm, [index], params=params)) for index in range(16)]
         await until(lambda: bool(llm.ring.steps))
         transport.pause_reading()
@@ -341,7 +341,7 @@ def test_engine_stands_still_while_its_front_does_not_read() -> None:
         still_s = time.monotonic()
         transport.resume_reading()
         for index, answer in enumerate(await asyncio.gather(*streams)):
-            assert answer.outputs[0].token_ids == expected([index], 1500, 1)
+            assert answer.outputs[0].token_ids == expected([index], 3500, 1)
         ends = [step.end_s for step in llm.ring.steps]
         assert any(before < still_s - 0.4 and after > still_s for before, after in pairwise(ends))
         await check_canary(llm)
