@@ -201,12 +201,13 @@ class Script:
                 script._add_kin(step.event.kin[i], step.event.kin[i + 1 : i + 4])
         # Where steps overlap, the one after the last was scheduled before the last was over.
         for late in [] if pending is None else [pending, *upcoming]:
-            event = owners.known(late) if _shows_in(late) < start + len(steps) else None
+            event, shows_in = owners.known(late), _shows_in(late)
             if event is not None:
+                script._add_kin(event.serial, event.kin)
+            if event is not None and shows_in < start + len(steps):
                 if event.kind == EventKind.ARRIVED:
                     arrivals[event.serial] = event
-                script._add_kin(event.serial, event.kin)
-                _list_for(steps[max(0, _shows_in(late) - start)], event, _shows_in(late) < start).append(event)
+                _list_for(steps[max(0, shows_in - start)], event, shows_in < start).append(event)
         for step in steps:
             step.facts["finished"] = [(event.serial,) for event in step.ends]
             if previous is not None:
