@@ -175,4 +175,4 @@ def test_a_step_of_the_kernels_holds_what_is_said(
         assert peak <= step.peak + splits
         if num_tokens == 96 or (num_tokens, place) == (4, "head"):
             # Ids, positions and slots come from numpy, which is not watched.
-            assert peak == pytest.approx(step.peak - 24 * num_tokens, rel=0.02)
+            assert peak == pytest.approx(step.peak - 24 * num_tokens, rel=0.03)
