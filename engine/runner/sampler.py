@@ -144,7 +144,6 @@ class Sampler:
         batch = self._batch(rows, positions)
         for _, row, extras in batch.looking_back:
             assert not extras.num_awaited, f"row {row} is launched before its last token is known"
-            extras.num_awaited += 1
         output = sample(logits, self._params(batch, positions))
         sampled = torch.empty((2, len(rows)), dtype=torch.int32, device=output.token_ids.device)
         token_ids, failed = sampled
@@ -161,7 +160,10 @@ class Sampler:
                 x, chosen = x[batch.wanted_at], chosen[batch.wanted_at]
             x = x[:, : self._num_valid_ids]
             logprobs = log_softmax_top(x, min(max(batch.wanted[1]), x.shape[1]), chosen)
-        return Draw(batch, positions, sampled, finite, logprobs, workers=self._mask_workers)
+        draw = Draw(batch, positions, sampled, finite, logprobs, workers=self._mask_workers)
+        for _, _, extras in batch.looking_back:  # not before: of a launch that fails, nobody will wait for a token
+            extras.num_awaited += 1
+        return draw
 
     def _batch(self, rows: IntArray, positions: IntArray) -> Batch:
         """Return what is gathered for these rows, again only where it has changed."""

@@ -226,6 +226,33 @@ def test_an_error_belongs_to_the_step_whose_sampling_it_is(deferred: bool) -> No
     assert third.wait().token_ids.tolist() == [3]
 
 
+def test_a_sampling_that_fails_takes_no_others_along(decoder: Decoder) -> None:
+    """A row that looks back is in a step whose sampling fails, and in the next one, in which another row is new."""
+    looking_back = SamplingParams(temperature=0, logprobs=2, bad_words_token_ids=[[1, 2]])
+    plan = Steps()
+    steps = [
+        plan({0: 3}, [make_sequence(0, [1, 2, 3], looking_back)]),
+        plan({0: 1}),
+        plan({0: 1, 1: 20}, [make_sequence(1, PROMPTS[1], GREEDY)]),
+    ]
+    alone = make_runner(decoder, invariant=True).execute(Steps()({1: 20}, steps[2].new_sequences)).wait()
+    runner = make_runner(decoder, invariant=True)
+    first = runner.execute(steps[0])
+    first.wait()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("told to")
+
+    with dispatch.override("sample", fails):
+        second = runner.execute(steps[1])
+    third = runner.execute(steps[2])
+    with pytest.raises(torch.OutOfMemoryError, match="told to"):
+        second.wait()
+    output = third.wait()
+    at = steps[2].rows[steps[2].sampled].tolist().index(1)
+    assert (output.token_ids[at], output.logprobs[at]) == (alone.token_ids[0], alone.logprobs[0])
+
+
 def test_an_interrupt_is_not_kept_for_later() -> None:
     runner, _, sampler = stubbed()
     sampler.fails = KeyboardInterrupt
