@@ -96,11 +96,12 @@ class PagedPlan:
         """Sequences in groups."""
         return self.groups[-1].stop if self.groups else 0
 
-    def buffers(self, dtype: torch.dtype, head_dim: int) -> list[_Buffer]:
-        """Return where each group gathers; all of them share the same two pieces of memory."""
-        if not self._buffers or self._buffers[0].keys.dtype != dtype:
+    def buffers(self, cache: Tensor) -> list[_Buffer]:
+        """Return where each group gathers from such a cache; all of them share the same two pieces of memory."""
+        head_dim = cache.shape[3]
+        if not self._buffers or self._buffers[0].keys.dtype != cache.dtype:
             largest = max(len(group.tiles) for group in self.groups)
-            k, v = (torch.empty((largest, self.block_size * head_dim), dtype=dtype) for _ in range(2))
+            k, v = (cache.new_empty((largest, self.block_size * head_dim)) for _ in range(2))
             self._buffers = [
                 _Buffer(k_rows, v_rows, k_rows.view(shape), v_rows.view(shape))
                 for group in self.groups
@@ -132,7 +133,7 @@ def plan_blocks(
     invariant: bool = False,
 ) -> PagedPlan:
     """Plan how the blocks of one attention call are walked."""
-    starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
+    starts, lengths, device = cu_seqlens_q.tolist(), seq_lens.tolist(), block_table.device
     single_token: list[int] = []
     singles: list[_Single] = []
     for s, length in enumerate(lengths):
@@ -141,12 +142,13 @@ def plan_blocks(
             single_token.append(s)
         elif query_len > 0:
             blocks = block_table[s, : -(-length // block_size)].long()
-            tiles = (blocks * num_kv_heads + torch.arange(num_kv_heads)[:, None]).flatten()
+            tiles = (blocks * num_kv_heads + torch.arange(num_kv_heads, device=device)[:, None]).flatten()
             singles.append(_Single(starts[s], starts[s + 1], length, tiles))
     single_token.sort(key=lengths.__getitem__)
     groups = list(_groups(single_token, lengths, block_table, block_size, num_kv_heads))
     rows = [starts[s] for s in single_token]
-    order = None if rows == list(range(len(rows))) and not singles else torch.tensor(rows, dtype=torch.int64)
+    in_order = rows == list(range(len(rows))) and not singles
+    order = None if in_order else torch.tensor(rows, dtype=torch.int64, device=device)
     return PagedPlan(block_size, num_kv_heads, invariant, order, groups, singles)
 
 
@@ -156,7 +158,8 @@ def _groups(
     """Cut the sequences, sorted by length, so that a group's keys fit the buffer."""
     if not sequences:
         return
-    o_head = torch.arange(num_kv_heads)[:, None]
+    device = block_table.device
+    o_head = torch.arange(num_kv_heads, device=device)[:, None]
     # Sized for a head_dim of 64 in float32; twice that is still within the caches of the CPUs in question.
     budget = _BUFFER_BYTES // (256 * num_kv_heads)
     stop = len(sequences)
@@ -167,10 +170,9 @@ def _groups(
         ends.append((start, stop))
         stop = start
     for start, stop in reversed(ends):
-        chosen = torch.tensor(sequences[start:stop])
-        group_lengths = torch.tensor([lengths[s] for s in sequences[start:stop]])
-        num_columns = -(-int(group_lengths[-1]) // block_size)
-        o_column = torch.arange(num_columns)
+        chosen = torch.tensor(sequences[start:stop], device=device)
+        group_lengths = torch.tensor([lengths[s] for s in sequences[start:stop]], device=device)
+        o_column = torch.arange(-(-lengths[sequences[stop - 1]] // block_size), device=device)
         # A column past the sequence's end repeats its last block: owned, so finite, and masked.
         last = (group_lengths[:, None] - 1) // block_size
         blocks = block_table[chosen].long().gather(1, torch.minimum(o_column, last))
@@ -230,12 +232,12 @@ def _attend_groups(
     k_rows, v_rows = (cache.view(-1, plan.block_size * head_dim) for cache in (k_cache, v_cache))
     # [num_seqs, num_kv_heads, group_size, head_dim]: the heads of a group are the rows of one product.
     queries, result = (tensor.view(len(tensor), num_kv_heads, -1, head_dim) for tensor in (q[: plan.num_single], out))
-    for group, buffer in zip(plan.groups, plan.buffers(k_cache.dtype, head_dim), strict=True):
+    for group, buffer in zip(plan.groups, plan.buffers(k_cache), strict=True):
         torch.index_select(k_rows, 0, group.tiles, out=buffer.k_rows)
         torch.index_select(v_rows, 0, group.tiles, out=buffer.v_rows)
         mask = plan.masks.get((group.start, window))
         if mask is None:
-            o_key = torch.arange(buffer.keys.shape[2])
+            o_key = torch.arange(buffer.keys.shape[2], device=q.device)
             visible = o_key < group.lengths[:, None]
             if window is not None:
                 visible &= o_key >= group.lengths[:, None] - window
@@ -289,7 +291,7 @@ def _attend_single(
         length = first + j
         mask = plan.masks.get((single.start, i, window))
         if mask is None:
-            mask = _additive(_visible(first + i, first + j, 0, length, window), q.dtype)
+            mask = _additive(_visible(first + i, first + j, 0, length, window, q.device), q.dtype)
             plan.masks[(single.start, i, window)] = mask
         result[:, :, i:j] = functional.scaled_dot_product_attention(
             queries[:, :, i:j], keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=scale
@@ -333,9 +335,9 @@ def _attend_tiles(
     for split in range(0, single.length, SPLIT_TOKENS):
         mask = plan.masks.get((single.start, split, window, "tiles"))
         if mask is None:
-            visible = _visible(first, first + num_tiles * tile_tokens, split, split + SPLIT_TOKENS, window)
-            visible &= torch.arange(split, split + SPLIT_TOKENS) < single.length
-            tiles = torch.zeros((num_tiles, num_rows, SPLIT_TOKENS), dtype=torch.bool)
+            visible = _visible(first, first + num_tiles * tile_tokens, split, split + SPLIT_TOKENS, window, q.device)
+            visible[:, max(0, single.length - split) :] = False
+            tiles = visible.new_zeros((num_tiles, num_rows, SPLIT_TOKENS))
             tiles[:, :used] = visible.view(num_tiles, tile_tokens, -1).repeat_interleave(group_size, dim=1)
             mask = _additive(tiles, q.dtype).repeat(num_kv_heads, 1, 1)
             plan.masks[(single.start, split, window, "tiles")] = mask
@@ -374,10 +376,10 @@ def _product(tiles: Tensor, shared: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _visible(first: int, stop: int, first_key: int, stop_key: int, window: int | None) -> Tensor:
+def _visible(first: int, stop: int, first_key: int, stop_key: int, window: int | None, device: torch.device) -> Tensor:
     """Return [stop - first, stop_key - first_key] bool: which keys each query position sees."""
-    o_query = torch.arange(first, stop)[:, None]
-    o_key = torch.arange(first_key, stop_key)
+    o_query = torch.arange(first, stop, device=device)[:, None]
+    o_key = torch.arange(first_key, stop_key, device=device)
     visible = o_key <= o_query
     if window is not None:
         visible &= o_key > o_query - window
@@ -385,4 +387,4 @@ def _visible(first: int, stop: int, first_key: int, stop_key: int, window: int |
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
