@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -213,7 +213,8 @@ def start_engine(
         phase.detail = f"{tokens:,} tokens in blocks of {resolved.block_size}, {_stored(resolved, checkpoint)}"
     if runner.graphs is not None and resolved.device == "cuda":
         with phase(name := "capture the graphs"):
-            phase.detail = runner.graphs.capture_all(phase.progress(name))
+            phase.detail = runner.capture_graphs(phase.progress(name), required=config.graphs is True)
+        resolved = replace(resolved, graphs=runner.graphs is not None)
     limits = _limits(config, resolved, checkpoint, tokenizer)
     return Engine(
         core=EngineCore(

@@ -184,10 +184,13 @@ class _CudaCapture:
         with torch.cuda.stream(self._stream):
             run()  # what libraries set up at their first call is not captured
         torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Another thread's CUDA calls, a front's say, are none of this capture's business.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            out = run()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Another thread's CUDA calls, a front's say, are none of this capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                out = run()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own in force
 
         def replay() -> Tensor:
             graph.replay()

@@ -6,13 +6,15 @@ before `LaunchedStep.wait`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..models.decoder import Decoder, LayerCache
 from ..step import SchedulerOutput
 from .attention_metadata import build_attention_metadata
@@ -23,6 +25,8 @@ from .prompt_logprobs import PromptLogprobs
 from .sampler import Sampler
 
 __all__ = ["ModelRunner"]
+
+_log = logging.getLogger("octavo.engine")
 
 
 class ModelRunner:
@@ -62,6 +66,32 @@ class ModelRunner:
         """What was captured holds the model as it was: None while something else stands in `model`."""
         if graphs:
             self.graphs = DecodeGraphs(model, cache, self._batch, max_num_seqs=max_num_seqs, invariant=invariant)
+
+    def capture_graphs(self, on_progress: Callable[[int, int], object], *, required: bool) -> str:
+        """Capture all graphs and return what that took, in words; if it cannot be done, go on without and log why.
+
+        Args:
+            on_progress: see `DecodeGraphs.capture_all`.
+            required: do not go on without.
+
+        Raises:
+            ConfigError: they are required and cannot be captured.
+        """
+        assert self.graphs is not None
+        try:
+            return self.graphs.capture_all(on_progress)
+        except Exception as error:
+            # Where something has broken a capture, ending it fails as well, and that says less.
+            errors = [each for each in (error, error.__context__) if each is not None]
+            for each in errors:
+                if isinstance(each, torch.OutOfMemoryError):
+                    raise each from None
+            told = ", after ".join(map(repr, errors))
+            if required:
+                raise ConfigError(f"graphs is true and none can be captured: {told}; allowed: false") from error
+            self.graphs = None
+            _log.warning("steps run op by op, as no graph can be captured: %s", told)
+            return f"none: {told}"
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> LaunchedStep:

@@ -225,6 +225,52 @@ def test_all_at_once_says_what_it_took(decoder: Decoder) -> None:
     assert told == [(done, 5) for done in range(1, 6)]
 
 
+def break_capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Fail as a GPU does: first an op, and then the end of the capture."""
+    try:
+        raise ValueError("operation not permitted when stream is capturing")
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_an_engine_that_cannot_capture_runs_op_by_op(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
+    runner = make_runner(decoder, graphs=True)
+    assert runner.graphs is not None
+    runner.graphs._capture = break_capture
+    words = runner.capture_graphs(lambda _done, _total: None, required=False)
+    assert words.startswith("none: RuntimeError(")
+    assert words.endswith("after ValueError('operation not permitted when stream is capturing')")
+    (told,) = caplog.records
+    assert told.levelname == "WARNING"
+    assert told.getMessage().endswith("after ValueError('operation not permitted when stream is capturing')")
+    sequences = [make_sequence(row, [row], GREEDY) for row in range(2)]
+    step = Steps()({0: 1, 1: 1}, sequences)
+    expected = make_runner(decoder).execute(step).wait()
+    assert runner.execute(step).wait().token_ids.tolist() == expected.token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "match"),
+    [
+        (ValueError("not permitted"), ConfigError, "graphs is true and none can be captured: ValueError"),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "out of memory"),
+    ],
+)
+def test_graphs_that_were_asked_for_and_memory_that_is_missing_end_the_start(
+    decoder: Decoder, raised: Exception, error: type[Exception], match: str
+) -> None:
+    runner = make_runner(decoder, graphs=True)
+    assert runner.graphs is not None
+
+    def fail(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        raise raised
+
+    runner.graphs._capture = fail
+    with pytest.raises(error, match=match):
+        runner.capture_graphs(lambda _done, _total: None, required=error is ConfigError)
+    assert runner.graphs is not None
+
+
 MODEL = ModelConfig("llama", 300, 64, 96, 2, 4, 2, 16, 256)
 
 
