@@ -1,5 +1,4 @@
-"""This module holds where the torch backend makes its tensors: beside its arguments, on whatever device that is. It does
-not know what ops compute.
+"""This module holds where the torch backend makes its tensors: beside its arguments. It does not know what ops compute.
 
 A GPU is not needed: what is made without a word about its device comes to lie on the default one, here "meta", where
 nothing can be computed together with an argument.
