@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import sys
 import time
@@ -93,6 +94,9 @@ async def _serve(
     try:
         if template is not None:
             _ = llm.chat_template  # a broken one is said now, not to the first who asks
+        # As in the engine's process: a search for garbage in what stays for good would hold up every answer.
+        gc.collect()
+        gc.freeze()
         ready_s = time.monotonic() - start_s
 
         def on_ready(url: str) -> None:

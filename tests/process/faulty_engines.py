@@ -5,6 +5,7 @@ It is imported in the engine's process, too, by its bare name: `conftest.py` put
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from octavo.engine.startup import Engine
 from octavo.engine.step import ModelOutput, SchedulerOutput
 
 FAULTY = "faulty_engines:faulty_engine"
-RAISE, EXIT, CRASH, HANG, HOG, NOT_FINITE, SLOW = 1001, 1002, 1003, 1004, 1005, 1006, 1007
+RAISE, EXIT, CRASH, HANG, HOG, NOT_FINITE, SLOW, TELL = 1001, 1002, 1003, 1004, 1005, 1006, 1007, 1008
 """Seeds of requests that make the step they begin in fail."""
 FAULT_BEGINS, FAULT_ENDS, FREED = b"the fault begins\n", b"the fault ends\n", b"the runner is freed\n"
 ENDLESS = re.compile("(a+)+b")
@@ -57,6 +58,8 @@ class FaultyRunner:
                 os.write(2, FAULT_BEGINS)
                 time.sleep(2 * CLOSE_TIMEOUT_S)
                 os.write(2, FAULT_ENDS)
+            elif sequence.seed == TELL:
+                raise RuntimeError(f"{gc.get_freeze_count()} objects are frozen")
             elif sequence.seed == NOT_FINITE:
                 self._runner.nan_rows.add(sequence.row)
         return self._runner.execute(step)

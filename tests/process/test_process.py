@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from octavo.engine.errors import CapacityError, CheckpointError, ConfigError, En
 from octavo.engine.process.client import ProcessLink
 
 from .conftest import DEADLINE_S, check_canary, collect, expected, run, start
-from .faulty_engines import CRASH, EXIT, FAULT_BEGINS, FAULT_ENDS, FAULTY, FREED, HANG, HOG, SLOW
+from .faulty_engines import CRASH, EXIT, FAULT_BEGINS, FAULT_ENDS, FAULTY, FREED, HANG, HOG, SLOW, TELL
 
 NOTICED_S = 2.0
 LONG = {"max_model_len": 4000}
@@ -79,6 +80,20 @@ def test_killed_engine_is_noticed(num_streams: int, count: Callable[[int, int], 
 
     for _ in range(count(1, 25)):
         run(main())
+
+
+def test_what_is_imported_is_not_searched_for_garbage() -> None:
+    """A full collection would stop all requests for as long as it walks over everything that lives."""
+
+    async def main() -> None:
+        llm = await start(False, FAULTY)
+        (choice,) = (await collect(llm, [1], params={"seed": TELL, "max_tokens": 1})).outputs
+        found = re.search(r"(\d+) objects are frozen", choice.error or "")
+        assert found, choice
+        assert int(found[1]) > 10_000
+        await llm.shutdown()
+
+    run(main())
 
 
 @pytest.mark.parametrize(("seed", "reason"), [(EXIT, "ended with status 7"), (CRASH, "killed by SIGSEGV")])
