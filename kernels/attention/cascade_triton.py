@@ -114,8 +114,12 @@ def plan_shared(shared: SharedPrefixes, *, rows_per_seq: int, num_seqs: int, dev
     first = first_row[group] + which % num_tiles[group] * BLOCK_M
     end = torch.minimum(first + BLOCK_M, row_end[group])
     items = torch.stack((which // num_tiles[group], first, end), 1)
-    uploaded = (x.int().to(device) for x in (shared.num_splits, members, items))
-    return SharedWork(*uploaded)
+    return SharedWork(*(_uploaded(x.int(), device) for x in (shared.num_splits, members, items)))
+
+
+def _uploaded(x: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor from the host, which goes on at once: out of pageable memory it would wait for all that runs."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @triton.jit

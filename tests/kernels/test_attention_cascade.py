@@ -356,6 +356,16 @@ def test_items() -> None:
     assert work.num_splits.tolist() == [1, 0, 2, 1, 2, 1]
 
 
+def test_the_host_does_not_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every copy is out of page-locked memory, and not waited for."""
+    cascade, done = importlib.import_module("octavo.kernels.attention.cascade_triton"), list[Any]()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **more: done.append((device.type, more)) or self)
+    shared = SharedPrefixes(torch.tensor([1, 1]).int(), torch.tensor([1, 1]).int())
+    cascade.plan_shared(shared, rows_per_seq=30, num_seqs=2, device=torch.device("cuda"))
+    assert done == ["pinned", ("cuda", {"non_blocking": True})] * 3
+
+
 def test_no_more_scratch_than_promised_is_written() -> None:
     inputs = laid_out(MIXED[0])
     cascade = importlib.import_module("octavo.kernels.attention.plan_triton")
