@@ -75,8 +75,8 @@ PATCHES: tuple[Patch, ...] = (
         "one_split_too_many",
         "a split of which others know nothing is shared",
         _CASCADE,
-        "uploaded = (x.int().to(device) for x in (shared.num_splits, members, items))",
-        "uploaded = (x.int().to(device) for x in (shared.num_splits + (shared.num_splits > 0).int(), members, items))",
+        "for x in (shared.num_splits, members, items)))",
+        "for x in (shared.num_splits + (shared.num_splits > 0).int(), members, items)))",
     ),
     Patch(
         "split_of_this_step",
