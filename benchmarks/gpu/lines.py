@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["POISONED", "Lines", "NotRunError", "missing_package"]
 
 POISONED = 70
-"""Exit status of a process whose CUDA context an error has broken: the cases left want a fresh one."""
+"""Exit status of a process that an error has left without the use of its GPU: the cases left want a fresh one."""
 
 
 _MISSING = re.compile(r"ModuleNotFoundError: No module named '(?!octavo|tests|gpu)([\w.]+)'")
@@ -72,17 +72,20 @@ class Lines:
             except AssertionError as error:
                 facts = {"status": "failed", "reason": str(error) or traceback.format_exc(limit=-3)}
             except Exception as error:
-                if type(error).__name__ == "OutOfMemoryError":  # torch's; without importing it here
-                    self.write(case=name, status="not run", reason=f"out of GPU memory: {error}")
-                    continue
                 facts = {"status": "failed", "reason": traceback.format_exc(limit=-6)}
+                if type(error).__name__ == "OutOfMemoryError":  # torch's; without importing it here
+                    facts = {"status": "not run", "reason": f"out of GPU memory: {error}"}
             self.write(case=name, **facts)
-            if facts["status"] == "failed" and is_poisoned():
+            if is_poisoned():
                 sys.exit(POISONED)
 
 
 def is_poisoned() -> bool:
-    """Whether this process can no longer use its GPU."""
+    """Whether this process can no longer use its GPU.
+
+    A call that is tried and cannot be captured as a graph is no error of a case; but torch 2.11 takes the capture to
+    go on, and raises whenever memory is given back.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

@@ -23,29 +23,37 @@ SAVE_EVERY_S: Final = 0.5
 
 
 def source_hash(root: Path, folders: Iterable[str]) -> str:
-    """Return a name for the sources as they are."""
-    found = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+    """Return a name for the sources, and the tuned tables among them, as they are."""
+    found, kinds = hashlib.sha256(), ("*.py", "tuned/*.json")
+    for path in sorted(path for folder in folders for kind in kinds for path in (root / folder).rglob(kind)):
         found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
 
 class Store:
-    """`{"run": {...}, "sections": {section: {"status", "reason", "seconds", "cases": {case: {"status", ...}}}}}`.
+    """`{"run": {...}, "sections": {section: {"status", "reason", "level", "seconds", "cases": {case: {...}}}}}`.
 
     Args:
         path: the file.
         run: what this run is; its `identity` decides whether an earlier run's results still count.
-        resume: whether to take over what the file has.
+        resume: whether to take over what the file has; it is put aside where nothing of it counts.
+        by_level: sections in which a case of another `level` of run is kept, but is no reason not to run it.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any], *, resume: bool = False) -> None:
+    def __init__(self, path: Path, run: dict[str, Any], *, resume: bool = False, by_level: Iterable[str] = ()) -> None:
         self._path, self._lock, self._saved = path, threading.Lock(), 0.0
+        self._level, self._by_level = run["level"], frozenset(by_level)
+        self.put_aside: Path | None = None
+        """Where the results are that were to be taken over and do not count."""
         self.data: dict[str, Any] = {"run": run, "sections": {}}
         if resume and path.exists():
             earlier = json.loads(path.read_text(encoding="utf-8"))
-            if earlier.get("run", {}).get("identity") == run["identity"]:
-                self.data["sections"] = {name: _what_counts(part) for name, part in earlier["sections"].items()}
+            if earlier["run"]["identity"] == run["identity"]:
+                parts = earlier["sections"].items()
+                self.data["sections"] = {name: _what_counts(part, self._level) for name, part in parts}
+            else:
+                self.put_aside = path.with_name(f"{path.stem}-{earlier['run']['started'].replace(':', '')}.json")
+                path.replace(self.put_aside)
         self.save()
 
     def cases(self, section: str) -> dict[str, dict[str, Any]]:
@@ -54,18 +62,22 @@ class Store:
         return found
 
     def _section(self, section: str) -> dict[str, Any]:
-        blank = {"status": "not run", "reason": None, "seconds": 0.0, "cases": {}}
+        blank = {"status": "not run", "reason": None, "level": self._level, "seconds": 0.0, "cases": {}}
         part: dict[str, Any] = self.data["sections"].setdefault(section, blank)
         return part
 
     def finished(self, section: str) -> list[str]:
         """Return the cases that need not be run again."""
-        return [name for name, facts in self.cases(section).items() if facts["status"] in FINAL]
+        return [
+            name
+            for name, facts in self.cases(section).items()
+            if facts["status"] in FINAL and facts.get("level", self._level) == self._level
+        ]
 
     def add(self, section: str, case: str, facts: dict[str, Any]) -> None:
         """Enter one case; the file has it at once, or within half a second where cases are many."""
         with self._lock:
-            self.cases(section)[case] = facts
+            self.cases(section)[case] = facts | ({"level": self._level} if section in self._by_level else {})
             if facts["status"] != "passed" or time.monotonic() - self._saved > SAVE_EVERY_S:
                 self._write()
 
@@ -77,7 +89,8 @@ class Store:
         """Enter how a section ended; its time adds up over resumed runs."""
         with self._lock:
             part = self._section(section)
-            part |= {"status": status, "reason": reason, "seconds": round(part["seconds"] + seconds, 1)}
+            part |= {"status": status, "reason": reason, "level": self._level}
+            part["seconds"] = round(part["seconds"] + seconds, 1)
             self._write()
 
     def save(self) -> None:
@@ -100,10 +113,9 @@ class Store:
         )
 
 
-def _what_counts(part: dict[str, Any]) -> dict[str, Any]:
-    if part["status"] == "done" and not any(
-        facts["status"] in ("crashed", "timed out") for facts in part["cases"].values()
-    ):
+def _what_counts(part: dict[str, Any], level: str) -> dict[str, Any]:
+    is_whole = not any(facts["status"] in ("crashed", "timed out") for facts in part["cases"].values())
+    if (part["status"], part["level"]) == ("done", level) and is_whole:
         return part
     cases = {name: facts for name, facts in part["cases"].items() if facts["status"] in FINAL}
     return part | {"status": "not run", "reason": None, "cases": cases}

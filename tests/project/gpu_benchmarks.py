@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = {"name": "made up", "arch": 90, "num_sms": 1, "memory_bytes": 1, "l2_bytes": 1, "cuda": "0"}
 MACHINE = {"packages": {"torch": "2", "triton": "3"}, "gpu": GPU}
 IDENTITY = {"source": "abc", "torch": "2", "triton": "3", "gpu": "made up"}
-RUN = {"started": "now", "identity": IDENTITY, "machine": MACHINE}
+RUN = {"started": "2026-01-02T03:04:05Z", "identity": IDENTITY, "level": "normal", "machine": MACHINE}
 RATES = {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": 1e14}
 
 

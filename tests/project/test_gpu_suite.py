@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -34,6 +35,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "gpu_suite", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "probe", lambda: MACHINE)
+    monkeypatch.setattr(module, "source_hash", lambda *_: "abc")  # whoever edits a file between two runs
     monkeypatch.setattr(module, "prepare_environment", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))  # which it sets, put back after
     return module
@@ -88,6 +90,26 @@ def test_a_case_that_crashes_or_hangs_costs_only_itself(make_job: Callable[..., 
     assert found["wrong"]["reason"] == "off by one"
     assert "last words" in found["dead"]["output"]
     assert left == 0
+
+
+BROKEN = """
+import sys, types
+
+def give_back():
+    if was_broken:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+was_broken = []
+cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=lambda: None, empty_cache=give_back)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+"""
+
+
+def test_what_a_measured_case_has_broken_costs_the_next_one_nothing(make_job: Callable[..., Any]) -> None:
+    told = "return {'status': 'measured', 'process': os.getpid()}"
+    found, left = follow(make_job(30, BROKEN, a=f"was_broken.append(1)\n{told}", b=told, c=told))
+    assert (left, [facts["status"] for facts in found.values()]) == (0, ["measured"] * 3)
+    assert found["a"]["process"] != found["b"]["process"] == found["c"]["process"]
 
 
 def test_time_runs_out(make_job: Callable[..., Any]) -> None:
@@ -166,6 +188,27 @@ def test_results_survive_and_resume(tmp_path: Path) -> None:
     assert (second.finished("bench"), second.is_done("bench")) == (["c"], True)
     other = store.Store(path, RUN | {"identity": IDENTITY | {"source": "def"}}, resume=True)
     assert other.data["sections"] == {}
+    assert other.put_aside == path.with_name("suite-2026-01-02T030405Z.json")
+    assert json.loads(other.put_aside.read_text())["sections"] == second.data["sections"]
+
+
+def test_a_smaller_run_is_no_reason_to_leave_a_larger_one_out(tmp_path: Path) -> None:
+    path, by_level = tmp_path / "suite.json", ["tests"]
+    quick, full = (RUN | {"level": level} for level in ("quick", "full"))
+    first = store.Store(path, quick, by_level=by_level)
+    for section in ("tests", "bench"):
+        first.add(section, "a", {"status": "passed"})
+        first.close(section, "done", None, 1.0)
+    again = store.Store(path, quick, resume=True, by_level=by_level)
+    assert (again.is_done("tests"), again.finished("tests")) == (True, ["a"])
+    larger = store.Store(path, full, resume=True, by_level=by_level)
+    assert not larger.is_done("tests")
+    assert not larger.is_done("bench"), "there are more of them"
+    assert (larger.finished("tests"), larger.finished("bench")) == ([], ["a"])
+    assert list(larger.cases("tests")) == ["a"], "what was found is kept until it is found anew"
+    larger.add("tests", "a", {"status": "passed"})
+    larger.close("tests", "done", None, 1.0)
+    assert store.Store(path, full, resume=True, by_level=by_level).is_done("tests")
 
 
 def test_sources_have_a_name(tmp_path: Path) -> None:
@@ -174,7 +217,10 @@ def test_sources_have_a_name(tmp_path: Path) -> None:
     before = store.source_hash(tmp_path, ["a"])
     assert before == store.source_hash(tmp_path, ["a"])
     (tmp_path / "a" / "x.py").write_text("2")
-    assert before != store.source_hash(tmp_path, ["a"])
+    assert before != (changed := store.source_hash(tmp_path, ["a"]))
+    (tmp_path / "a" / "tuned").mkdir()
+    (tmp_path / "a" / "tuned" / "sm_90.json").write_text("{}")
+    assert changed != store.source_hash(tmp_path, ["a"]), "launch settings decide how long a kernel takes"
 
 
 def sections(suite: ModuleType, make_job: Callable[..., Any], **bodies: dict[str, str]) -> dict[str, Any]:
@@ -218,6 +264,30 @@ def test_sections_in_order_within_a_budget(
     assert suite.main(["--out", str(out), "--resume", "--only", "static"]) == 1, "an old failure is a failure"
 
 
+def test_what_another_machine_lacks_is_done_again(
+    suite: ModuleType, make_job: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"it": "return {'status': 'measured', 'at': time.time_ns()}"}
+    fake = sections(suite, make_job, ceilings=body, loading=body)
+    fake["ceilings"] = suite.Section(fake["ceilings"].jobs, again=True)
+    monkeypatch.setattr(suite, "SECTIONS", fake)
+    found = []
+    for _ in range(2):
+        assert suite.main(["--out", str(tmp_path), "--resume"]) == 0
+        found.append({name: part["cases"]["it"]["at"] for name, part in read(tmp_path)["sections"].items()})
+    assert {name for name, at in found[0].items() if at == found[1][name]} == {"loading"}
+
+
+def test_results_outlive_their_page(
+    suite: ModuleType, make_job: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("bench", "step")
+    monkeypatch.setattr(suite, "SECTIONS", sections(suite, make_job, **{n: {"a": "return {}"} for n in names}))
+    monkeypatch.setattr(suite, "make_page", lambda data: data["no such thing"])
+    assert suite.main(["--out", str(tmp_path)]) == 0
+    assert [part["status"] for part in read(tmp_path)["sections"].values()] == ["done", "done"]
+
+
 def test_only_and_skip(suite: ModuleType, make_job: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
     names = ("static", "tests", "bench")
     monkeypatch.setattr(suite, "SECTIONS", sections(suite, make_job, **{n: {"a": "return {}"} for n in names}))
@@ -249,7 +319,7 @@ def test_every_section_names_what_is_there(suite: ModuleType, tmp_path: Path, mo
     plan = [f"tests/kernels/test_norm.py::test_{i}" for i in range(130)]
     collected.write_text(json.dumps({"plan": plan}) + "\n")
     monkeypatch.setattr(suite.subprocess, "run", lambda *_, **__: None)
-    monkeypatch.setattr(suite.shutil, "which", lambda *_, **__: "/bin/compute-sanitizer")
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: "/bin/compute-sanitizer")
     args = suite.parse(["--full", "--model", "m"])
     results = store.Store(tmp_path / "suite.json", RUN)
     results.add("ceilings", "copy", {"status": "measured", **RATES})
@@ -302,8 +372,8 @@ def test_a_run_without_a_gpu(tmp_path: Path) -> None:
     assert {name: part["status"] for name, part in found.items()} == {
         name: "done" if name == "predictions" else "not run" for name in found
     }
-    reasons = [part["reason"] for part in found.values()]
-    assert reasons == ["not asked for", None, *["no GPU"] * (len(found) - 2)]
+    reasons = {name: part["reason"] for name, part in found.items()}
+    assert reasons == dict.fromkeys(found, "no GPU") | {"predictions": None, "static": "not asked for"}
     facts = found["predictions"]["cases"]["llama-3.1-8b on h100"]
     assert facts["status"] == "predicted"
     # 15.0 GB of weights at 3.35 TB/s, by hand; keys and values and a little more on top.
