@@ -4,6 +4,7 @@ how anything is measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -23,6 +24,8 @@ STEP_BATCHES: Final = (1, 64, 256)
 STEP_FRACTION: Final = 0.8
 SPEEDUP: Final = 1.5
 OURS: Final = "octavo"
+PLAIN: Final = re.compile(r"(\d+x)?\d+(-over-\d+)?")
+"""Cases of attention that are sequences alone: 64x4096, or 2048-over-30720, a chunk behind a prefix."""
 TOLERANCE: Final = 1.02
 """Times within two percent of each other are equal: so far apart are the medians of the same kernel twice."""
 
@@ -66,7 +69,7 @@ def _lowest(figure: str, wanted: str, found: Iterable[tuple[float, str]], least:
 
 def _is_plain(case: str) -> bool:
     """Whether a case of attention has our default shape: no window, other block size or head."""
-    return case.count("-") == 0
+    return PLAIN.fullmatch(case.partition("/")[2]) is not None
 
 
 def _decode(bench: Cases) -> Verdict:
