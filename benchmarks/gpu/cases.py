@@ -97,7 +97,7 @@ def _prefill_sweep(specs: dict[str, OpSpec]) -> list[Bench]:
 
 
 def benches(level: Level, group: str | None = None) -> list[Bench]:
-    """Return what a run of this level times, in the order in which it does."""
+    """Return what a run of this level times, in the order in which it does: what a smaller run times, too, first."""
     specs = load_specs()
     found = [*_decode_sweep(specs), *_prefill_sweep(specs)]
     for spec in specs.values():
@@ -106,7 +106,8 @@ def benches(level: Level, group: str | None = None) -> list[Bench]:
     copied = {**LLAMA, "num_blocks": 2 * K, "num_copies": 64}
     found.append(Bench(specs["copy_blocks"], Case("64-blocks", copied, "bfloat16", "bench")))
     wanted = _LEVELS[: _LEVELS.index(level) + 1]
-    return [bench for bench in found if bench.level in wanted and group in (None, bench.group)]
+    found = [bench for bench in found if bench.level in wanted and group in (None, bench.group)]
+    return sorted(found, key=lambda bench: _LEVELS.index(bench.level))
 
 
 def attention_inputs(case: Case, device: torch.device, seed: int = 0) -> dict[str, Any]:

@@ -19,12 +19,16 @@ NAME = "torch flex_attention"
 OPS = ("prefill",)
 MAX_QUERY_LEN = 8192
 """Compiled anew for each shape: beyond, it would take longer to prepare than to measure."""
+GATHERED_FROM = 64
+"""Tokens per block of the cases that are timed."""
 
 
 def _make(case: Case, inputs: dict[str, Any]) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     refuse(case, "soft_cap", "sinks", "cache")
+    if case["block_size"] != GATHERED_FROM:
+        raise Unsuitable("compiled for each case; of keys gathered before, the size of a block is not known")
     query_len, seq_len = equal_lengths(case)
     if query_len > MAX_QUERY_LEN:
         raise Unsuitable(f"not beyond {MAX_QUERY_LEN} query tokens")

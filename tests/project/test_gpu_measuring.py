@@ -140,6 +140,9 @@ def test_results_that_differ() -> None:
 def test_what_is_timed() -> None:
     quick, normal, full = (cases.benches(level) for level in ("quick", "normal", "full"))
     names = [{one.name for one in level} for level in (quick, normal, full)]
+    for group in cases.GROUPS:
+        first = [one.name for one in quick if one.group == group]
+        assert first == [one.name for one in full if one.group == group][: len(first)], "what decides comes first"
     assert names[0] < names[1] < names[2]
     assert len(names[2]) == len(full)
     timed = {one.spec.name for one in normal}
@@ -307,6 +310,14 @@ def test_a_peer_that_is_never_ready_is_asked_once(monkeypatch: pytest.MonkeyPatc
         facts, call = peers.prepare(peers.Peer("slow", make), one.case, {}, torch.zeros(1))
         assert (call, facts["reason"]) == (None, "not ready after 0 s")
     assert len(asked) == 1
+
+
+def test_a_peer_is_not_compiled_for_what_it_does_not_see() -> None:
+    one = attention("prefill", ((17, 17),), block_size=16)
+    (peer,) = (peer for name, peer in peers.find("prefill") if name == "torch flex_attention")
+    inputs = cases.make_inputs(one, torch.device("cpu"))
+    facts, call = peers.prepare(peer, one.case, inputs, octavo_op("prefill")(**inputs))
+    assert (call, "gathered before" in facts["reason"]) == (None, True)
 
 
 def test_a_peer_that_disagrees_is_not_timed() -> None:
