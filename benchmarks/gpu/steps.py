@@ -35,12 +35,14 @@ from .models import find
 __all__ = ["CASES", "VARIANTS", "Engine", "Size", "measure", "take_apart"]
 
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
+    "graphs and overlap": {"graphs": True, "overlap": True},
     "eager": {"graphs": False, "overlap": False},
     "graphs": {"graphs": True, "overlap": False},
     "overlap": {"graphs": False, "overlap": True},
-    "graphs and overlap": {"graphs": True, "overlap": True},
 }
-"""Ways to run an engine."""
+"""Ways to run an engine, the one that a GPU gets by default first."""
+FEW_WAYS: Final = ("graphs and overlap", "eager")
+"""Those of a quick run, as an engine is started for each."""
 BUDGET_TOKENS: Final = 8192
 NUM_STEPS: Final = 16
 """Of a window; the median of the windows counts."""
@@ -103,24 +105,30 @@ class Engine:
         self._name, self._sizes, self._settings = name, sizes, settings
         self._way: dict[str, Any] | None = None
         self._llm: LLM | None = None
+        self._failed: list[dict[str, Any]] = []
+        """Ways in which it did not start: to try each again for every size would take minutes."""
 
     def get(self, way: Mapping[str, Any]) -> LLM:
         """Return the engine that runs this way.
 
         Raises:
-            NotRunError: it lacks a setting, or memory, or refuses.
+            NotRunError: it lacks a setting, or memory, or refuses, or has failed before.
         """
         names = setting_names()
         way = {name: value for name, value in way.items() if name in names or value is not False}  # not there: off
         missing = way.keys() - names.keys()
         if missing:
             raise NotRunError(f"this engine has no setting {', '.join(sorted(missing))}")
+        if way in self._failed:
+            raise NotRunError("it has not started this way before")
         if self._llm is None or way != self._way:
             self.close()
+            self._failed.append(way)
             try:
-                self._llm, self._way = self._start(way), dict(way)
+                self._llm, self._way = self._start(way), way
             except (CapacityError, ConfigError) as error:
                 raise NotRunError(str(error)) from error
+            self._failed.remove(way)
         return self._llm
 
     def _start(self, way: Mapping[str, Any]) -> LLM:
@@ -286,13 +294,13 @@ def make_cases(
     ways: Mapping[str, Mapping[str, Any]],
     ceilings: Mapping[str, float],
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return the cases of one model: way by way, as an engine is started for each, and its parts at last."""
+    """Return the cases of one model: way by way, as an engine is started for each, the parts with the eager one."""
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
     for name, way in ways.items():
         for size in sizes:
             cases[f"{model}/{size}/{name}"] = partial(_run, measure, engine, way, size, ceilings)
-    for size in sizes:
-        cases[f"{model}/{size}/parts"] = partial(_run, take_apart, engine, VARIANTS["eager"], size, ceilings)
+        for size in sizes if way == VARIANTS["eager"] else ():
+            cases[f"{model}/{size}/parts"] = partial(_run, take_apart, engine, way, size, ceilings)
     return cases
 
 
@@ -322,7 +330,8 @@ def main() -> None:
     args = parser.parse_args()
     sizes = CASES[args.level].get(args.model) or CASES["quick"]["llama-3.1-8b"]
     engine = Engine(args.model, sizes, device=args.device, dtype=args.dtype)
-    Lines.from_options(args).run(make_cases(engine, args.model, sizes, VARIANTS, read_ceilings(args)))
+    ways = {name: way for name, way in VARIANTS.items() if args.level != "quick" or name in FEW_WAYS}
+    Lines.from_options(args).run(make_cases(engine, args.model, sizes, ways, read_ceilings(args)))
 
 
 if __name__ == "__main__":

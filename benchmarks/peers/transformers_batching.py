@@ -52,9 +52,7 @@ class TransformersRuns:
             "allow_block_sharing": False,
         }
         settings = {name: value for name, value in wanted.items() if name in known}
-        try:
-            self._prepare(ContinuousBatchingConfig(**settings))
-        except (MemoryError, ValueError):  # what it reckons with beside the cache may be more than there is
+        if not self._has_room(ContinuousBatchingConfig(**settings)):
             settings = {"allow_block_sharing": False, "max_batch_tokens": workload.max_num_batched_tokens}
             self._prepare(ContinuousBatchingConfig(**settings))
         resolved = getattr(self._manager, "continuous_batching_config", None)
@@ -66,6 +64,14 @@ class TransformersRuns:
             "settings": settings,
         }
         self._manager.start()
+
+    def _has_room(self, config: Any) -> bool:
+        """Prepare it with the room that we have; return whether there is so much, and what it wants beside it."""
+        try:
+            self._prepare(config)
+        except (MemoryError, ValueError, torch.OutOfMemoryError):
+            return False
+        return True
 
     def _prepare(self, config: Any) -> None:
         """Make its manager, and what it makes before the first request: its cache, graphs."""

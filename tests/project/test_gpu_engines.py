@@ -1,6 +1,4 @@
-"""What is measured of whole engines, on a CPU with a tiny model: floors, steps, other engines, memory, loading; and
-what is made of it.
-"""
+"""What is measured of whole engines, on a CPU with a tiny model: floors, steps, other engines, memory, loading."""
 
 from __future__ import annotations
 
@@ -9,23 +7,23 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from octavo.engine.config import setting_names
+from octavo.engine.footprint import kv_bytes_per_token, num_weights
 from octavo.engine.tools.gpus import find_gpu
 from octavo.engine.tools.plan import read_model
 from octavo.engine.tools.roofline import Roofline, StepWork
 
-from .gpu_benchmarks import RATES, ROOT, RUN, load
+from .gpu_benchmarks import RATES, ROOT, load
 
 floors, models, steps, kv = load("gpu.floors", "gpu.models", "gpu.steps", "gpu.kv")
-memory, loading, acceptance, page, store = load("gpu.memory", "gpu.loading", "gpu.acceptance", "gpu.page", "gpu.store")
+memory, loading = load("gpu.memory", "gpu.loading")
 side, runs, lines = load("side_by_side", "peers.engine_runs", "gpu.lines")
-
-MEASURED = {"status": "measured"}
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-0.6b", "tiny"])
@@ -103,7 +101,8 @@ def test_every_way_to_run_is_a_case(small_steps: None) -> None:
         name: way for name, way in steps.VARIANTS.items() if {key for key in way if way[key]} <= setting_names().keys()
     }
     cases = steps.make_cases(engine, "tiny", (size,), ways, RATES)
-    assert list(cases) == [f"tiny/2x20/{name}" for name in (*ways, "parts")]
+    order = ("graphs and overlap", "eager", "parts", "graphs", "overlap")
+    assert list(cases) == [f"tiny/2x20/{name}" for name in order]
     found = {name: case() for name, case in cases.items()}
     assert {facts["status"] for facts in found.values()} == {"measured"}
     assert all(found[f"tiny/2x20/{name}"]["tokens_per_s"] > 0 for name in ways)
@@ -117,6 +116,21 @@ def test_a_setting_that_is_not_there_is_said(small_steps: None) -> None:
     engine.get({"warp_speed": False})
     with pytest.raises(lines.NotRunError, match="max_model_len"):
         steps.Engine("tiny", (steps.Size(1, 2000),), device="cpu", dtype="float32").get({})
+
+
+def test_a_way_that_does_not_start_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = steps.Engine("tiny", (steps.Size(1, 8),), device="cpu", dtype="float32")
+    asked = []
+
+    def start(_: Any, way: dict[str, Any]) -> Any:
+        asked.append(way)
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(steps.Engine, "_start", start)
+    for way, error in (("graphs", "planted"), ("graphs", "has not started this way"), ("overlap", "planted")):
+        with pytest.raises((RuntimeError, lines.NotRunError), match=error):
+            engine.get({way: True})
+    assert asked == [{"graphs": True}, {"overlap": True}]
 
 
 @pytest.mark.parametrize(("dtype", "bytes_per_head"), [("auto", 16 * 4), ("int8", 16 + 4), ("fp8", 16)])
@@ -194,6 +208,16 @@ def test_an_engine_that_disagrees_is_not_reported(engines: Any, num_tokens: int 
     assert found["tokens_per_s"] > 0
 
 
+def test_our_engine_is_started_once(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: Any) -> Any:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(side, "OctavoRuns", start)
+    for error in ("planted", "has not started before"):
+        with pytest.raises((RuntimeError, lines.NotRunError), match=error):
+            side.offline(engines, SCALE, 320)
+
+
 def test_an_engine_that_fails_costs_only_itself(engines: Any) -> None:
     class Slow(Wrong):
         def offline(self, prompts: Any, num_tokens: int) -> Any:
@@ -228,6 +252,34 @@ def test_a_ratio_is_how_much_quicker_ours_is(engines: Any) -> None:
     late = found["beside"]["late"]
     assert late["tokens_per_s"] == round(5 * SCALE.num_tokens / 1e6, 2)
     assert late["ratio"] > 1000
+
+
+def test_a_peer_with_too_little_room_sizes_its_own_cache(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (batching,) = load("peers.transformers_batching")
+    prepare, asked = batching.TransformersRuns._prepare, []
+
+    def out_of_memory_once(self: Any, config: Any) -> None:
+        asked.append(config)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("planted")
+        prepare(self, config)
+
+    monkeypatch.setattr(batching.TransformersRuns, "_prepare", out_of_memory_once)
+    peer = runs.start("transformers_batching", engines.workload, engines._checkpoint)
+    peer.close()
+    assert len(asked) == 2
+    assert "num_blocks" not in peer.facts["settings"]
+
+
+@pytest.mark.parametrize("level", ["quick", "normal", "full"])
+def test_two_engines_fit_beside_each_other(level: str, tmp_path: Path) -> None:
+    """An H200 has 139 GiB: for ours and another one, with something left for what they compute in."""
+    for name in ("llama-3.1-8b", "qwen3-0.6b", "qwen3-8b"):
+        args = Namespace(model=name, device="cuda", dtype="auto", timeout_s=1.0)
+        workload, checkpoint = side.make_workload(args, side.SCALES[level], tmp_path)
+        model = checkpoint.model_config
+        pool = workload.kv_cache_tokens * kv_bytes_per_token(model, model.dtype)
+        assert 2 * (2 * num_weights(model) + pool) < 0.9 * 139 * 2**30, name
 
 
 def test_our_own_answers_are_judged_too(engines: Any) -> None:
@@ -301,85 +353,3 @@ def test_loading_from_files(tmp_path: Path) -> None:
     assert found["bytes"] == (folder / "model.safetensors").stat().st_size > 100_000
     assert {"from disk", "from memory", "disk alone", "memory alone", "link alone"} <= set(found["gb_per_s"])
     assert all(rate > 0 for rate in found["gb_per_s"].values())
-
-
-def data(**sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    parts = {
-        name: {"status": "done", "reason": None, "seconds": 1.0, "cases": cases} for name, cases in sections.items()
-    }
-    return {"run": RUN, "sections": parts}
-
-
-def statuses(found: dict[str, Any]) -> dict[str, str]:
-    return {verdict.figure: verdict.status for verdict in acceptance.judge(found)}
-
-
-def test_verdicts_are_the_results() -> None:
-    nothing = statuses(data())
-    assert len(nothing) == 9
-    assert set(nothing.values()) == {"not measured"}
-    fast = MEASURED | {"bytes": 10**9, "fraction": 0.9, "tflop_per_s": 500.0, "us": 100.0}
-    bench = {
-        "decode/64x4096": fast | {"beside": {"FlashInfer": {"us": 101.0}, "octavo, fused combine": {"us": 10.0}}},
-        "decode/8x512": fast | {"bytes": 10**7, "fraction": 0.1},
-        "decode/64x4096-d64": fast | {"fraction": 0.1},
-        "prefill/8192": fast | {"beside": {"FlashInfer": {"us": 90.0}, "vLLM Triton": {"reason": "not here"}}},
-        "prefill/2048-over-30720": fast | {"tflop_per_s": 400.0},
-    }
-    step = {
-        "llama-3.1-8b/64x2048/graphs": MEASURED | {"fraction": 0.85},
-        "llama-3.1-8b/64x2048/eager": MEASURED | {"fraction": 0.5},
-        "llama-3.1-8b/16x2048/eager": MEASURED | {"fraction": 0.9},
-        "llama-3.1-8b/256x512/graphs": MEASURED | {"fraction": 0.85},
-        "llama-3.1-8b/256x1024/graphs": MEASURED | {"fraction": 0.7},
-        "qwen3-8b/1x512/graphs": MEASURED | {"fraction": 0.99},
-        "llama-3.1-8b/1x512/graphs": {"status": "not run", "fraction": 0.99},
-    }
-    peer = {"ratio": 1.6, "about": {"attention": "sdpa"}}
-    engines = {"llama-3.1-8b/offline": MEASURED | {"beside": {"transformers_batching": peer}}}
-    found = data(bench=bench, step=step, engines=engines)
-    assert statuses(found) == {
-        "decode attention": "met",
-        "prefill attention, 8192": "met",
-        "prefill attention, 2048-over-30720": "NOT MET",
-        "decode attention, peers": "met",
-        "prefill attention, peers": "NOT MET",
-        "decode step, llama-3.1-8b, batch 1": "not measured",
-        "decode step, llama-3.1-8b, batch 64": "met",
-        "decode step, llama-3.1-8b, batch 256": "NOT MET",
-        "throughput": "met",
-    }
-    engines["qwen3-8b/offline"] = MEASURED | {"beside": {"transformers_batching": {"ratio": 1.4}}}
-    assert statuses(found)["throughput"] == "NOT MET", "the worst model decides"
-
-
-def test_the_page_shows_whole_engines(tmp_path: Path) -> None:
-    results = store.Store(tmp_path / "suite.json", RUN)
-    step = MEASURED | {"us": 6000.0, "floor_us": 5000.0, "fraction": 0.8333, "tokens_per_s": 10_000.0}
-    parts = [{"part": "qkv <x>", "us": 100.0, "floor_us": 50.0}, {"part": "o", "us": 10.0, "floor_us": 20.0}]
-    results.add("step", "llama-3.1-8b/64x2048/graphs", step)
-    results.add("step", "llama-3.1-8b/64x2048/parts", MEASURED | {"us": 110.0, "parts": parts, "by": "device"})
-    peer = {"tokens_per_s": 400.0, "ratio": 2.5, "num_equal": 3, "num_answers": 4, "about": {"attention": "sdpa"}}
-    beside = {"transformers_batching": peer | {"num_near_ties": 1, "worst_gap": 0.01}, "vllm_offline": {"reason": "no"}}
-    results.add("engines", "llama-3.1-8b/offline", MEASURED | {"tokens_per_s": 1000.0, "beside": beside})
-    results.add("engines", "x/offline", {"status": "not run", "reason": "out of GPU memory: y"})
-    results.add("loading", "tiny/load", MEASURED | {"gb_per_s": {"from disk": 2.5}})
-    results.add("memory", "tiny/eager", MEASURED | {"started_bytes": 3 << 29})
-    found = page.make_page(results.data)
-    for text in (
-        "83%",
-        "qkv &lt;x&gt;",
-        "var(--ours) 50.0%",
-        "var(--ours) 100.0%",
-        "attention sdpa",
-        "3 of 4",
-        "1.50 GiB",
-    ):
-        assert text in found, text
-    assert "<td class=''>met</td><td>decode step, llama-3.1-8b, batch 64</td>" in found
-    assert "out of GPU memory: y" in found
-    assert "http" not in found
-    table = page.make_table(results.data)
-    assert "met          throughput: at least 1.5 times transformers" in table
-    assert "not measured prefill" in table
-    assert json.loads((tmp_path / "suite.json").read_text())["sections"]["step"]["cases"]
