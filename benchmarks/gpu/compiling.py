@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from octavo.kernels import BackendError
-from octavo.kernels.aot.compile import compile_all
 from octavo.kernels.aot.driver import Launch, recording
 from octavo.kernels.aot.targets import GPUS
+from octavo.kernels.aot.workers import compile_in_workers
 
 from .cases import Bench, Level, benches, make_inputs
 from .kernels import our_calls
@@ -43,10 +41,8 @@ def variants(chosen: list[Bench], target: str) -> tuple[list[Launch], dict[str, 
 
 
 def compile_variants(launches: list[Launch], workers: int) -> dict[str, Any]:
-    """Compile; what the machine code says is not wanted here, so nothing is remembered but by Triton itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = list(compile_all(launches, cache=Path(folder), num_workers=workers))
-    return {"num_variants": len(rows), "spills": sum(facts["spills"] for _, facts in rows)}
+    """Compile into Triton's cache; a variant that cannot be compiled fails again in the case that launches it."""
+    return {"num_variants": len(launches), "num_compiled": sum(compile_in_workers(launches, workers))}
 
 
 def main() -> None:
