@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ ROOMY: dict[str, Any] = {
     "max_num_batched_tokens": 4096,
     "device": "cpu",
 }
+STRUCTURED: dict[str, Any] = {"structured_outputs": {"regex": "([a-z]{3} )*[0-9]"}, "n": 2, "max_tokens": 20}
+"""Left out where the package for it is not installed: all the others shall run on a machine with a GPU, too."""
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +63,7 @@ def tasks() -> list[Task]:
         (tail, drawn | {"bad_words_token_ids": [[3], [40, 41], list(range(60, 64))], "temperature": 1.5}),
         (one, drawn | {"stop": ["e", "th", "\n"], "max_tokens": 40, "temperature": 1.3}),
         (exact, drawn | {"ignore_eos": True, "logit_bias": {EOS: 6.0}}),
-        (tail, drawn | {"structured_outputs": {"regex": "([a-z]{3} )*[0-9]"}, "n": 2, "max_tokens": 20}),
+        *([(tail, drawn | STRUCTURED)] if importlib.util.find_spec("llguidance") else []),
         # The youngest are preempted most, and these have the most to remember: few tokens, so that all come again.
         (tail, few | {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7}),
         (shared[0], few | {"frequency_penalty": 2.0, "repetition_penalty": 0.8, "temperature": 1.0, "seed": 9}),
