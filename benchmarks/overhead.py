@@ -19,7 +19,9 @@ with the least work counts, as what else the machine does makes them slower and 
     waits      part of the time in which the device has nothing to do, because the host has not launched the next step
 
 With overlap the next step is scheduled and launched while the device runs this one, so it waits only where the work of
-a step takes longer than the device. No figure is told of a run with a wrong token or a wrong text.
+a step takes longer than the device. Launching the model is not in the work: on a GPU that is one replay of a captured
+step, or hundreds of launches where a step is not captured. Nor are steps in which prompts are read or sequences end.
+No figure is told of a run with a wrong token or a wrong text.
 """
 
 from __future__ import annotations
