@@ -11,7 +11,7 @@ from typing import Literal
 from .errors import ConfigError
 from .resolve import Hardware
 
-__all__ = ["detect", "free_gpu_bytes", "peak_gpu_bytes"]
+__all__ = ["detect", "free_gpu_bytes", "is_out_of_memory", "peak_gpu_bytes"]
 
 
 MIN_CAPABILITY = (8, 0)
@@ -33,14 +33,15 @@ def detect(device: Literal["auto", "cpu", "cuda"], backend: Literal["auto", "tor
     # The torch backend is made for CPUs: it uses a GPU only where it is asked to.
     usable = capability is not None and capability >= MIN_CAPABILITY and backend != "torch"
     if device == "cuda" or (device == "auto" and usable):
-        free_bytes, _ = torch.cuda.mem_get_info()
-        return Hardware("cuda", torch.cuda.get_device_name(), free_bytes)
+        return Hardware("cuda", torch.cuda.get_device_name(), free_gpu_bytes())
     threads = torch.get_num_threads()
     return Hardware("cpu", f"this CPU ({threads} thread{'s' if threads > 1 else ''})", available_memory_bytes())
 
 
 def free_gpu_bytes() -> int:
-    """Return the bytes of the GPU that can still be taken, once all that torch keeps for later has been given back."""
+    """Return the bytes of the GPU that can still be taken, once torch has given back what it keeps for later: almost all
+    that an engine had which is no more.
+    """
     import torch
 
     gc.collect()
@@ -49,14 +50,29 @@ def free_gpu_bytes() -> int:
 
 
 def peak_gpu_bytes(run: Callable[[], object]) -> int:
-    """Run something on the GPU and return the most bytes of tensors it held at once, beside those there were before."""
+    """Run something on the GPU and return the most bytes of tensors it held at once, beside those that stay: what there
+    was before, and what libraries keep from their first call on.
+    """
     import torch
 
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated()) - before
+    peak_bytes = int(torch.cuda.max_memory_allocated())
+    gc.collect()
+    return peak_bytes - int(torch.cuda.memory_allocated())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory has run out: torch's allocator does so in a class of its own, the CUDA driver
+    (through torch, where a graph is captured, or Triton), cuBLAS and torch on a CPU only in words.
+    """
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 
 
 def available_memory_bytes() -> int:

@@ -13,7 +13,7 @@ from .errors import CapacityError, ConfigError
 from .footprint import split_bytes, table_bytes
 from .resolve import Hardware, ResolvedConfig, changed, flags, gib, resolve
 
-__all__ = ["Measured", "out_of_memory", "resize", "ways_to_spare"]
+__all__ = ["Measured", "as_measured", "out_of_memory", "resize", "ways_to_spare"]
 
 
 class Measured(NamedTuple):
@@ -24,26 +24,30 @@ class Measured(NamedTuple):
     """The most that the largest step has held at once, with all that a runner keeps from step to step."""
 
 
-def resize(
-    config: EngineConfig, model: ModelConfig, hardware: Hardware, resolved: ResolvedConfig, measured: Measured
-) -> ResolvedConfig:
-    """Size the KV pool by what was measured in place of what was reckoned with.
+def as_measured(model: ModelConfig, hardware: Hardware, resolved: ResolvedConfig, measured: Measured) -> Hardware:
+    """Return the hardware with as many bytes more or less as what was measured and what was reckoned with differ by.
 
-    The arithmetic is that of `resolve`, as if the hardware had as many bytes more or less as the two differ by. What
-    decode may split further than the measured step did is still reckoned with. The longest sequence can become shorter,
-    but not longer: the table of rotations is there already.
-
-    Raises:
-        CapacityError: what is left is too little; says what would fit.
+    What decode may split further than the measured step did is still reckoned with.
     """
     held = resolved.weight_bytes + table_bytes(model, resolved.max_model_len)
     splits = split_bytes(model, num_seqs=resolved.max_num_seqs, kv_tokens=0) if resolved.backend == "triton" else 0
     available = measured.free_bytes + held + resolved.step_bytes - measured.step_bytes - splits
-    found = resolve(
-        config,
-        replace(model, max_position=resolved.max_model_len),
-        replace(hardware, available_bytes=max(available, 0)),
-    )
+    return replace(hardware, available_bytes=max(available, 0))
+
+
+def resize(config: EngineConfig, model: ModelConfig, hardware: Hardware, resolved: ResolvedConfig) -> ResolvedConfig:
+    """Size the KV pool by what was measured in place of what was reckoned with.
+
+    The longest sequence can become shorter, but not longer: the table of rotations is there already.
+
+    Args:
+        hardware: see `as_measured`.
+        resolved: as it was reckoned.
+
+    Raises:
+        CapacityError: what is left is too little; says what would fit.
+    """
+    found = resolve(config, replace(model, max_position=resolved.max_model_len), hardware)
     told = {choice.name for choice in found.choices}
     kept = (choice for choice in resolved.choices if choice.name not in told)
     return replace(found, choices=(*found.choices, *kept))

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,15 +16,17 @@ from .config import EngineConfig, GenerationConfig, ModelConfig
 from .core import EngineCore
 from .errors import ConfigError
 from .events import Recorder
-from .hardware import detect, free_gpu_bytes, peak_gpu_bytes
-from .memory import Measured, out_of_memory, resize
-from .resolve import ResolvedConfig, gib, resolve
+from .hardware import detect, free_gpu_bytes, is_out_of_memory, peak_gpu_bytes
+from .memory import Measured, as_measured, out_of_memory, resize
+from .resolve import Hardware, ResolvedConfig, gib, resolve
 from .scheduler import Scheduler, SchedulerLimits
 from .structured import GrammarCompiler
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .loader import Checkpoint
+    from .loader.kv_scales import KVScales
+    from .models.decoder import Decoder
     from .runner.model_runner import ModelRunner
 
 __all__ = ["Engine", "StartupPhase", "start_engine"]
@@ -98,6 +102,29 @@ class _Phases:
         return tell
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is being started, as far as it is known."""
+
+    config: EngineConfig
+    checkpoint: Checkpoint
+    hardware: Hardware
+    resolved: ResolvedConfig
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.checkpoint.model_config
+
+    def explain(self, error: Exception, doing: str) -> Exception:
+        """Return what to raise in the place of an error: of memory that has run out, what to change."""
+        if not is_out_of_memory(error):
+            return error
+        return out_of_memory(error, doing, self.config, self.model_config, self.hardware, self.resolved)
+
+
+MakeRunner = Callable[[ResolvedConfig], "ModelRunner"]
+
+
 def start_engine(
     config: EngineConfig,
     *,
@@ -118,24 +145,59 @@ def start_engine(
         ConfigError, CheckpointError, CapacityError: it cannot be started.
     """
     phase = _Phases(on_phase)
+    _import_torch(phase)
+    plan = _read_tables(config, phase)
+    phase.explain = plan.explain
+    tokenizer = _build_tokenizer(plan, phase)
+    num_valid_ids = None if tokenizer is None else tokenizer.vocab_size
+    model = _load_weights(plan, on_weights, phase)
+    _compile_kernels(plan, num_valid_ids, phase)
+    make_runner = partial(_make_runner, model, plan.checkpoint.kv_scales, num_valid_ids)
+    if _is_measured(plan.resolved):
+        plan = _measure(plan, make_runner, phase)
+        phase.explain = plan.explain
+    runner = _allocate(plan, make_runner, phase)
+    plan = _capture_graphs(plan, runner, phase)
+    core = EngineCore(
+        Scheduler(_limits(plan, tokenizer), time.monotonic, recorder),
+        runner,
+        seed=config.seed,
+        grammars=None if tokenizer is None else GrammarCompiler(tokenizer, plan.model_config.vocab_size),
+        explain=lambda error: plan.explain(error, "run a step"),
+    )
+    return Engine(
+        core=core,
+        tokenizer=tokenizer,
+        config=config,
+        resolved=plan.resolved,
+        model_config=plan.model_config,
+        generation_config=plan.checkpoint.generation_config,
+        fingerprint=plan.checkpoint.fingerprint,
+        phases=tuple(phase.done),
+    )
+
+
+def _import_torch(phase: _Phases) -> None:
+    """Import what the other phases need, and what takes long of it, in a phase of its own."""
     with phase("import torch"):
         import torch
-        from octavo import kernels
 
-        from .loader import resolve_model
-        from .loader.transfer import CudaLink
-        from .models.decoder import Decoder
-        from .runner.kv_cache import allocate_kv_cache, storage_dtype
-        from .runner.model_runner import ModelRunner
-        from .runner.sampler import Sampler
-
+        for module in (".loader", ".models.decoder", ".runner.model_runner"):
+            import_module(module, __package__)
         phase.detail = str(torch.__version__)
+
+
+def _read_tables(config: EngineConfig, phase: _Phases) -> _Plan:
+    """Find the model and the machine, settle the settings, and choose the backend."""
+    import torch
+    from octavo import kernels
+
+    from .loader import resolve_model
+
     with phase("read the checkpoint's tables"):
         checkpoint = resolve_model(config.model, load_format=config.load_format, seed=config.seed)
-        model_config = checkpoint.model_config
         hardware = detect(config.device, config.backend)
-        resolved = resolve(config, model_config, hardware)
-        dtype, device = getattr(torch, resolved.dtype), torch.device(resolved.device)
+        resolved = resolve(config, checkpoint.model_config, hardware)
         try:
             kernels.use_backend(resolved.backend)
         except kernels.BackendError as error:
@@ -144,24 +206,34 @@ def start_engine(
         runs_on_gpu = torch.cuda.is_available() and not kernels.interpreted()
         if (resolved.backend, resolved.device) == ("triton", "cpu") and runs_on_gpu:
             raise ConfigError("backend is 'triton' and device is 'cpu'; allowed: cuda, or auto")
-        phase.detail = f"{model_config.family}, {checkpoint.num_bytes(torch.int8) / 1e6:,.0f} M parameters"
+        num_parameters = checkpoint.num_bytes(torch.int8)
+        phase.detail = f"{checkpoint.model_config.family}, {num_parameters / 1e6:,.0f} M parameters"
+    return _Plan(config, checkpoint, hardware, resolved)
 
-    def explain(error: Exception, doing: str) -> Exception:
-        if not isinstance(error, torch.OutOfMemoryError):
-            return error
-        return out_of_memory(error, doing, config, model_config, hardware, resolved)
 
-    phase.explain = explain
+def _build_tokenizer(plan: _Plan, phase: _Phases) -> Tokenizer | None:
+    """Build the model's tokenizer, or the one that was asked for; None where there is none."""
     with phase("build the tokenizer"):
-        tokenizer = _tokenizer(config, checkpoint)
+        tokenizer = _tokenizer(plan.config, plan.checkpoint)
         phase.detail = f"{tokenizer.vocab_size:,} ids" if tokenizer is not None else "none: token ids only"
+    return tokenizer
+
+
+def _load_weights(plan: _Plan, on_weights: Progress | None, phase: _Phases) -> Decoder:
+    """Build the model with its weights."""
+    import torch
+
+    from .loader.transfer import CudaLink
+    from .models.decoder import Decoder
+
+    checkpoint, resolved = plan.checkpoint, plan.resolved
     with phase("load the weights"):
-        link, start = CudaLink() if device.type == "cuda" else None, time.monotonic()
+        link, start = CudaLink() if resolved.device == "cuda" else None, time.monotonic()
         model = Decoder(
-            model_config,
+            plan.model_config,
             lambda allocate, on_loaded: checkpoint.load_weights(allocate, on_loaded, on_weights, link=link),
-            dtype=dtype,
-            device=device,
+            dtype=getattr(torch, resolved.dtype),
+            device=torch.device(resolved.device),
             max_model_len=resolved.max_model_len,
             layout=resolved.weight_layout,
             invariant=resolved.invariant,
@@ -169,68 +241,49 @@ def start_engine(
         phase.detail = f"{resolved.weight_bytes / 2**20:,.0f} MiB in {resolved.dtype}"
         if checkpoint.file_bytes:
             phase.detail += f", read at {checkpoint.file_bytes / (time.monotonic() - start) / 1e9:,.2f} GB/s"
-    if resolved.backend == "triton" and not kernels.interpreted():
-        with phase(name := "compile the kernels"):
-            from .runner.warmup import warm_kernels
+    return model
 
-            num_valid_ids = None if tokenizer is None else tokenizer.vocab_size
-            phase.detail = warm_kernels(
-                model_config, resolved, num_valid_ids=num_valid_ids, on_progress=phase.progress(name)
-            )
 
-    def make_runner(num_blocks: int, graphs: bool) -> ModelRunner:
-        return ModelRunner(
-            model,
-            allocate_kv_cache(
-                model_config,
-                num_blocks=num_blocks,
-                block_size=resolved.block_size,
-                dtype=storage_dtype(resolved.kv_cache_dtype),
-                device=device,
-                scales=checkpoint.kv_scales,
-            ),
-            Sampler(
-                resolved.max_num_seqs,
-                model_config.vocab_size,
-                num_valid_ids=None if tokenizer is None else tokenizer.vocab_size,
-                device=device,
-            ),
-            max_num_seqs=resolved.max_num_seqs,
-            max_model_len=resolved.max_model_len,
-            block_size=resolved.block_size,
-            invariant=resolved.invariant,
-            graphs=graphs,
+def _compile_kernels(plan: _Plan, num_valid_ids: int | None, phase: _Phases) -> None:
+    """Compile, where there is a GPU, every kernel that the engine can launch."""
+    from octavo import kernels
+
+    if plan.resolved.backend != "triton" or kernels.interpreted():
+        return
+    with phase(name := "compile the kernels"):
+        from .runner.warmup import warm_kernels
+
+        phase.detail = warm_kernels(
+            plan.model_config, plan.resolved, num_valid_ids=num_valid_ids, on_progress=phase.progress(name)
         )
 
-    if _is_measured(resolved):
-        with phase("measure the largest step"):
-            measured = _measure(resolved, lambda num_blocks: make_runner(num_blocks, False))
-            phase.detail = _told(resolved, measured)
-            resolved = resize(config, model_config, hardware, resolved, measured)
-    with phase("allocate the KV cache"):
-        runner = make_runner(resolved.num_blocks, resolved.graphs)
-        tokens = resolved.num_blocks * resolved.block_size
-        phase.detail = f"{tokens:,} tokens in blocks of {resolved.block_size}, {_stored(resolved, checkpoint)}"
-    if runner.graphs is not None and resolved.device == "cuda":
-        with phase(name := "capture the graphs"):
-            phase.detail = runner.capture_graphs(phase.progress(name), required=config.graphs is True)
-        resolved = replace(resolved, graphs=runner.graphs is not None)
-    limits = _limits(config, resolved, checkpoint, tokenizer)
-    return Engine(
-        core=EngineCore(
-            Scheduler(limits, time.monotonic, recorder),
-            runner,
-            seed=config.seed,
-            grammars=None if tokenizer is None else GrammarCompiler(tokenizer, model_config.vocab_size),
-            explain=lambda error: explain(error, "run a step"),
-        ),
-        tokenizer=tokenizer,
-        config=config,
-        resolved=resolved,
-        model_config=model_config,
-        generation_config=checkpoint.generation_config,
-        fingerprint=checkpoint.fingerprint,
-        phases=tuple(phase.done),
+
+def _make_runner(
+    model: Decoder, kv_scales: KVScales | None, num_valid_ids: int | None, resolved: ResolvedConfig
+) -> ModelRunner:
+    """Build a runner with a KV pool of its own."""
+    from .runner.kv_cache import allocate_kv_cache, storage_dtype
+    from .runner.model_runner import ModelRunner
+    from .runner.sampler import Sampler
+
+    cache = allocate_kv_cache(
+        model.config,
+        num_blocks=resolved.num_blocks,
+        block_size=resolved.block_size,
+        dtype=storage_dtype(resolved.kv_cache_dtype),
+        device=model.device,
+        scales=kv_scales,
+    )
+    sampler = Sampler(resolved.max_num_seqs, model.config.vocab_size, num_valid_ids=num_valid_ids, device=model.device)
+    return ModelRunner(
+        model,
+        cache,
+        sampler,
+        max_num_seqs=resolved.max_num_seqs,
+        max_model_len=resolved.max_model_len,
+        block_size=resolved.block_size,
+        invariant=resolved.invariant,
+        graphs=resolved.graphs,
     )
 
 
@@ -239,15 +292,19 @@ def _is_measured(resolved: ResolvedConfig) -> bool:
     return resolved.device == "cuda"
 
 
-def _measure(resolved: ResolvedConfig, make_runner: Callable[[int], ModelRunner]) -> Measured:
-    """Run the largest step on as few blocks as it can do with."""
+def _measure(plan: _Plan, make_runner: MakeRunner, phase: _Phases) -> _Plan:
+    """Run the largest step on as few blocks as it can do with, and size the KV pool by what that took."""
     from .runner.largest_step import largest_step
 
-    step = largest_step(resolved)
-    num_blocks = int(step.block_ids.max())
-    pool_bytes = (num_blocks + 1) * resolved.block_size * resolved.kv_bytes_per_token
-    peak_bytes = peak_gpu_bytes(lambda: make_runner(num_blocks).execute(step).wait())
-    return Measured(free_gpu_bytes(), peak_bytes - pool_bytes)
+    with phase("measure the largest step"):
+        step = largest_step(plan.resolved)
+        small = replace(plan.resolved, num_blocks=int(step.block_ids.max()), graphs=False)
+        peak_bytes = peak_gpu_bytes(lambda: make_runner(small).execute(step).wait())
+        measured = Measured(free_gpu_bytes(), peak_bytes - small.kv_cache_bytes)
+        phase.detail = _told(plan.resolved, measured)
+        hardware = as_measured(plan.model_config, plan.hardware, plan.resolved, measured)
+        resolved = resize(plan.config, plan.model_config, hardware, plan.resolved)
+    return replace(plan, hardware=hardware, resolved=resolved)
 
 
 def _told(resolved: ResolvedConfig, measured: Measured) -> str:
@@ -261,6 +318,24 @@ def _told(resolved: ResolvedConfig, measured: Measured) -> str:
     return (
         f"{gib(measured.step_bytes)}, predicted {gib(resolved.step_bytes)}; {gib(measured.free_bytes)} free without it"
     )
+
+
+def _allocate(plan: _Plan, make_runner: MakeRunner, phase: _Phases) -> ModelRunner:
+    """Build the runner that serves."""
+    with phase("allocate the KV cache"):
+        runner = make_runner(plan.resolved)
+        block_size, tokens = plan.resolved.block_size, plan.resolved.num_blocks * plan.resolved.block_size
+        phase.detail = f"{tokens:,} tokens in blocks of {block_size}, {_stored(plan.resolved, plan.checkpoint)}"
+    return runner
+
+
+def _capture_graphs(plan: _Plan, runner: ModelRunner, phase: _Phases) -> _Plan:
+    """Capture, on a GPU, the graphs of all batch sizes: nobody who is served waits for one."""
+    if runner.graphs is None or plan.resolved.device != "cuda":
+        return plan
+    with phase(name := "capture the graphs"):
+        phase.detail = runner.capture_graphs(phase.progress(name), required=plan.config.graphs is True)
+    return replace(plan, resolved=replace(plan.resolved, graphs=runner.graphs is not None))
 
 
 def _stored(resolved: ResolvedConfig, checkpoint: Checkpoint) -> str:
@@ -294,9 +369,8 @@ def _tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None
     return tokenizer
 
 
-def _limits(
-    config: EngineConfig, resolved: ResolvedConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None
-) -> SchedulerLimits:
+def _limits(plan: _Plan, tokenizer: Tokenizer | None) -> SchedulerLimits:
+    config, resolved, checkpoint = plan.config, plan.resolved, plan.checkpoint
     eos = checkpoint.generation_config.eos_token_ids
     if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
         eos = (tokenizer.eos_token_id,)

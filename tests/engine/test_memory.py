@@ -20,7 +20,7 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import CapacityError, ConfigError
 from octavo.engine.footprint import split_bytes, table_bytes
 from octavo.engine.llm import LLM
-from octavo.engine.memory import Measured, out_of_memory, resize, ways_to_spare
+from octavo.engine.memory import Measured, as_measured, out_of_memory, resize, ways_to_spare
 from octavo.engine.resolve import Hardware, ResolvedConfig, changed, flags, resolve
 from octavo.engine.runner import kv_cache
 from octavo.engine.runner.largest_step import largest_step
@@ -55,12 +55,16 @@ def as_reckoned(resolved: ResolvedConfig, hardware: Hardware = GPU) -> Measured:
     return Measured(hardware.available_bytes - held, resolved.step_bytes - splits)
 
 
+def resized(wanted: EngineConfig, resolved: ResolvedConfig, measured: Measured) -> ResolvedConfig:
+    return resize(wanted, LLAMA, as_measured(LLAMA, GPU, resolved, measured), resolved)
+
+
 @pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "int8"}, {"kv_cache_tokens": 6400}, {"max_num_seqs": 7}])
 def test_a_measurement_that_shows_what_was_reckoned_changes_nothing(settings: dict[str, Any]) -> None:
     # A table as long as the pool lets it be leaves a little more than one of the model's whole length.
     wanted = config(**settings, max_model_len=4096)
     resolved = resolve(wanted, LLAMA, GPU)
-    assert resize(wanted, LLAMA, GPU, resolved, as_reckoned(resolved)) == resolved
+    assert resized(wanted, resolved, as_reckoned(resolved)) == resolved
 
 
 @pytest.mark.parametrize("more", [-3 * GIB, -1, 1 << 20, 5 * GIB])
@@ -69,8 +73,8 @@ def test_the_pool_grows_and_shrinks_by_what_was_measured(more: int) -> None:
     resolved = resolve(wanted, LLAMA, GPU)
     free_bytes, step_bytes = as_reckoned(resolved)
     found = [
-        resize(wanted, LLAMA, GPU, resolved, Measured(free_bytes - more, step_bytes)),
-        resize(wanted, LLAMA, GPU, resolved, Measured(free_bytes, step_bytes + more)),
+        resized(wanted, resolved, Measured(free_bytes - more, step_bytes)),
+        resized(wanted, resolved, Measured(free_bytes, step_bytes + more)),
     ]
     assert found[0] == found[1]
     block = resolved.block_size * resolved.kv_bytes_per_token
@@ -81,7 +85,7 @@ def test_the_pool_grows_and_shrinks_by_what_was_measured(more: int) -> None:
 def test_the_pool_takes_its_share_of_what_is_really_left() -> None:
     wanted = config(max_model_len=4096, gpu_memory_utilization=0.5)
     resolved = resolve(wanted, LLAMA, GPU)
-    found = resize(wanted, LLAMA, GPU, resolved, Measured(20 * GIB, 4 * GIB))
+    found = resized(wanted, resolved, Measured(20 * GIB, 4 * GIB))
     splits = found.activation_bytes - found.step_bytes - table_bytes(LLAMA, 4096)
     left = 16 * GIB - split_bytes(LLAMA, num_seqs=256, kv_tokens=0) - found.graph_bytes
     assert found.kv_cache_bytes + splits == pytest.approx(left / 2, rel=0.001)
@@ -93,12 +97,12 @@ def test_the_longest_sequence_becomes_shorter_but_not_longer() -> None:
     resolved = resolve(wanted, LLAMA, replace(GPU, available_bytes=24 * GIB))
     assert resolved.max_model_len == resolved.num_blocks * 64 < LLAMA.max_position
     free_bytes, step_bytes = as_reckoned(resolved, replace(GPU, available_bytes=24 * GIB))
-    more = resize(wanted, LLAMA, GPU, resolved, Measured(free_bytes + GIB, step_bytes))
+    more = resized(wanted, resolved, Measured(free_bytes + GIB, step_bytes))
     assert more.num_blocks > resolved.num_blocks
     assert more.max_model_len == resolved.max_model_len
     (told,) = [choice for choice in more.choices if choice.name == "max_model_len"]
     assert told.reason == "lowered from 131,072: the KV pool"
-    less = resize(wanted, LLAMA, GPU, resolved, Measured(free_bytes - GIB, step_bytes))
+    less = resized(wanted, resolved, Measured(free_bytes - GIB, step_bytes))
     assert less.max_model_len == less.num_blocks * 64 < resolved.max_model_len
     assert len([choice for choice in less.choices if choice.name == "max_model_len"]) == 1
 
@@ -108,11 +112,11 @@ def test_too_little_is_told_with_what_would_fit() -> None:
     resolved = resolve(wanted, LLAMA, GPU)
     free_bytes, step_bytes = as_reckoned(resolved)
     with pytest.raises(CapacityError, match=r"a sequence of 131,072 tokens takes 16.00 GiB") as error:
-        resize(wanted, LLAMA, GPU, resolved, Measured(free_bytes, step_bytes + 10 * GIB))
+        resized(wanted, resolved, Measured(free_bytes, step_bytes + 10 * GIB))
     assert "; try --max-model-len " in str(error.value)
     assert "--kv-cache-dtype fp8" in str(error.value)
     with pytest.raises(CapacityError, match="take"):
-        resize(wanted, LLAMA, GPU, resolved, Measured(GIB, 10 * GIB))
+        resized(wanted, resolved, Measured(GIB, 10 * GIB))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +280,21 @@ def test_on_a_cpu_nothing_is_measured(make_llm: Callable[..., LLM], monkeypatch:
     assert "measure the largest step" not in [phase.name for phase in make_llm().engine.phases]
 
 
+def test_what_to_change_is_reckoned_with_what_was_measured(
+    gpu: FakeGpu, make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with what was reckoned to be free: of that there may be much more, and every way would seem to spare none."""
+    llm = make_llm(**SETTINGS)
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(startup, "out_of_memory", lambda *args: told.append(args) or CapacityError("no room"))
+    monkeypatch.setattr(llm.engine.core.runner, "execute", fail)
+    assert "no room" in (llm.generate([1, 2, 3])[0].outputs[0].error or "")
+    ((_, doing, wanted, model, hardware, resolved),) = told
+    assert (doing, resolved) == ("run a step", llm.engine.resolved)
+    assert resize(wanted, model, hardware, resolved).num_blocks == resolved.num_blocks
+    assert hardware.available_bytes < 2 * gpu.free_bytes + resolved.weight_bytes
+
+
 def fail(*_: Any, **__: Any) -> Any:
     raise torch.OutOfMemoryError(OUT)
 
@@ -294,6 +313,30 @@ def test_a_start_that_runs_out_of_memory_says_what_to_change(
     assert re.match(r"this CPU \(\d+ threads?\) has run out of memory \((load|allocate) " + place, said)
     assert "; try --kv-cache-tokens 512 (" in said
     assert "GPU 0 has a total capacity of 39.39 GiB" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+        MemoryError("Unable to allocate 8.00 TiB"),
+    ],
+    ids=["driver", "Triton", "cuBLAS", "CPU", "numpy"],
+)
+def test_memory_that_runs_out_elsewhere_is_told_of_as_well(
+    error: Exception, make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(kv_cache, "_zeros", fault)
+    with pytest.raises(CapacityError, match=r"has run out of memory \(allocate the KV cache\)") as told:
+        make_llm()
+    assert told.value.__cause__ is error
+    assert "; try --kv-cache-tokens 512 (" in str(told.value)
 
 
 def test_another_fault_of_a_start_stays_what_it_is(
@@ -334,7 +377,7 @@ def test_bytes_of_a_gpu_are_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> N
     assert hardware.peak_gpu_bytes(lambda: told.append("run")) == 250
     assert told == [
         *("empty_cache", "mem_get_info"),
-        *("memory_allocated", "reset_peak_memory_stats", "run", "synchronize", "max_memory_allocated"),
+        *("reset_peak_memory_stats", "run", "synchronize", "max_memory_allocated", "memory_allocated"),
     ]
 
 

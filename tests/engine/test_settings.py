@@ -150,3 +150,13 @@ def test_a_gpu_is_used_where_the_kernels_run_on_it(
     else:
         with pytest.raises(ConfigError, match=found):
             hardware.detect(**asked)
+
+
+def test_what_torch_keeps_of_an_engine_that_is_gone_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [GIB]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * GIB - sum(kept), 4 * GIB))
+    assert hardware.detect("auto").available_bytes == 3 * GIB
