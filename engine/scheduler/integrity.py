@@ -16,7 +16,7 @@ __all__ = ["check_integrity"]
 
 def check_integrity(scheduler: Scheduler) -> None:
     """Assert every invariant of scheduler, tables and pool: O(everything)."""
-    table, kv, queue = scheduler.rows, scheduler.kv, scheduler.waiting
+    roster, table, kv, queue = scheduler.roster, scheduler.rows, scheduler.kv, scheduler.waiting
     running = {row: request for row, request in enumerate(table.requests) if request is not None}
     kv.check_integrity(running)
     assert sorted(running) == np.flatnonzero(scheduler.order.is_running).tolist(), "rows and running flags differ"
@@ -43,6 +43,6 @@ def check_integrity(scheduler: Scheduler) -> None:
     alive = {id(request) for siblings in scheduler.requests.values() for request in siblings.values()}
     assert alive == {id(request) for request in [*waiting, *running.values()]}, "a request is lost"
     num_streaming = sum(request.stream for request in running.values())
-    assert scheduler.num_streaming == num_streaming, "streaming rows miscounted"
-    for row, request in scheduler.without_first_token.items():
+    assert roster.num_streaming == num_streaming, "streaming rows miscounted"
+    for row, request in roster.without_first_token.items():
         assert running.get(row) is request, f"row {row} waits for the first token of somebody who left"

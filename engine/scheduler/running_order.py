@@ -1,4 +1,6 @@
-"""This module holds the running rows in service order. It does not know blocks, budgets or steps."""
+"""This module holds the running rows in service order, and the batch they make as long as all of them decode. It does
+not know blocks or budgets.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """This module holds the decision of what runs in each step. It does not know tensors, text or which device runs.
 
-Charter. Three things happen here and nowhere else: a token budget is split, blocks are given out and taken back, and
-requests change their status. What may never be added: torch, a clock that is not injected, a random number, iteration
+Charter. Two things are decided here and nowhere else: how a token budget is split, and who comes, goes on and goes; the
+roster brings the latter about. What may never be added: torch, a clock that is not injected, a random number, iteration
 over a set, a Python loop over all running rows, work per step that grows with the length of a sequence. Loops run only
 over rows that are admitted, need a block, fill a block, stream, fail or finish.
 
@@ -26,26 +26,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from ..errors import RequestError
-from ..events import KVSnapshot, Recorder, RunningSequence, WaitingSequence, WaitReason
-from ..request import Request, RequestStatus, RowTable
+from ..events import KVSnapshot, Recorder, WaitReason
+from ..request import Request, RequestStatus
 from ..step import EngineOutput, ModelOutput, NewSequence, SchedulerOutput
 from .admission import Admission
-from .batch import NewBlocks, batch_order, split_budget, to_int32
+from .batch import Int32Array, NewBlocks, batch_order, split_budget, to_int32
 from .emitter import Emitter
 from .flights import Flight, Flights
 from .integrity import check_integrity
-from .kv_cache_manager import KVCacheManager, Prefix
 from .limits import SchedulerLimits, SchedulerStats
-from .news import keep_extras, last_news, news
-from .queue import WaitingQueue
-from .running_order import RunningOrder
+from .news import keep_extras, news
+from .roster import End, Roster
 
 __all__ = ["Scheduler"]
-
-Int32Array = npt.NDArray[np.int32]
 
 NOT_FINITE = "the logits of this sequence were not finite"
 
@@ -64,68 +58,36 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, clock: Callable[[], float], recorder: Recorder | None = None) -> None:
         self.limits = limits
-        self.rows = RowTable(limits.max_num_seqs, limits.max_model_len, limits.vocab_size)
-        self.kv = KVCacheManager(limits)
-        self.waiting = WaitingQueue()
+        self.flights = Flights()
+        self.roster = roster = Roster(limits, self.flights)
+        self.rows, self.kv, self.order = roster.rows, roster.kv, roster.order
+        self.waiting, self.requests = roster.waiting, roster.requests
         self._clock = clock
         self._events = None if recorder is None else Emitter(recorder, clock, self.kv)
         self._admission = Admission(limits, self.rows, self.kv)
         self._waits: tuple[Request, WaitReason] | None = None
         """The head of the queue when it was last refused, and why."""
-        self.requests: dict[str, dict[int, Request]] = {}
-        """Those that have not ended, by id and choice."""
-        self.order = RunningOrder(self.rows, limits.max_num_seqs)
-        self.flights = Flights()
-        self.num_streaming = 0
-        """Running rows that stream."""
-        self.without_first_token: dict[int, Request] = {}
-        """Those of the running rows."""
-        self._removed_rows: list[int] = []
         self._all_decode = True
         """Whether every running row is one token behind, with what is out."""
         self._num_steps = 0
-        self._num_preemptions = 0
-        self._prefix_cache_queries = 0
-        self._prefix_cache_hits = 0
-        self._num_prefill_tokens = 0
-        self._num_output_tokens = self._num_wasted_tokens = 0
+        self._num_prefill_tokens = self._num_output_tokens = self._num_wasted_tokens = 0
 
     def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
-        """Queue the sequences of one request: all of them or none.
-
-        Args:
-            requests: of one `request_id`, with distinct indices.
-            arrived_s: when they did, where that was before now.
+        """Queue the sequences of one request, which arrived now or at a time before; see `Roster.add`.
 
         Raises:
             RequestError: the id is in use, or one of them could never run.
         """
-        request_id = requests[0].request_id
-        if request_id in self.requests:
-            raise RequestError(f"request_id is {request_id!r}; allowed: one that is not in use", param="request_id")
-        limits = self.limits
-        for request in requests:
-            if request.max_num_tokens > min(limits.max_model_len, limits.num_slots):
-                raise RequestError(
-                    f"prompt and output are up to {request.max_num_tokens} tokens; allowed: {limits.max_model_len} by "
-                    f"the context, {limits.num_slots} by the KV cache",
-                    param="max_tokens",
-                )
-        now = self._clock()
-        now = now if arrived_s is None else min(arrived_s, now)
-        for request in requests:
-            if limits.policy == "fcfs":
-                request.priority = 0
-            request.arrival_time_s = now
-            self.waiting.push(request)
-            if self._events is not None:
+        now_s = self._clock()
+        self.roster.add(requests, now_s if arrived_s is None else min(arrived_s, now_s))
+        if self._events is not None:
+            for request in requests:
                 self._events.arrived(request, self._num_steps)
-        self.requests[request_id] = {request.index: request for request in requests}
 
     def abort(self, request_id: str) -> list[EngineOutput]:
         """End every sequence of a request and free its blocks; of an unknown or finished id there is nothing to say."""
         requests = list(self.requests.get(request_id, {}).values())
-        return [self._end(request, RequestStatus.FINISHED_ABORTED) for request in requests]
+        return [self._end(request, End(RequestStatus.FINISHED_ABORTED)) for request in requests]
 
     def finish(self, request_id: str, index: int, num_output_tokens: int) -> EngineOutput | None:
         """End one sequence as stopped, keeping its first `num_output_tokens` output tokens.
@@ -136,7 +98,7 @@ class Scheduler:
         request = self.requests.get(request_id, {}).get(index)
         if request is None:
             return None
-        return self._end(request, RequestStatus.FINISHED_STOPPED, num_output_tokens=num_output_tokens)
+        return self._end(request, End(RequestStatus.FINISHED_STOPPED, num_output_tokens))
 
     @property
     def has_unfinished(self) -> bool:
@@ -152,9 +114,9 @@ class Scheduler:
             num_free_blocks=self.kv.pool.num_free,
             num_cached_blocks=self.kv.pool.num_cached,
             num_steps=self._num_steps,
-            num_preemptions=self._num_preemptions,
-            prefix_cache_queries=self._prefix_cache_queries,
-            prefix_cache_hits=self._prefix_cache_hits,
+            num_preemptions=self.roster.num_preemptions,
+            prefix_cache_queries=self.roster.prefix_cache_queries,
+            prefix_cache_hits=self.roster.prefix_cache_hits,
             num_prefill_tokens=self._num_prefill_tokens,
             num_output_tokens=self._num_output_tokens,
             num_wasted_tokens=self._num_wasted_tokens,
@@ -162,27 +124,11 @@ class Scheduler:
 
     def running_requests(self) -> list[Request]:
         """Return the requests that have a row, in service order: for tests and reports."""
-        return [self.rows.request(row) for row in self.order.living()]
+        return self.roster.running()
 
     def snapshot(self, max_waiting: int = 256) -> KVSnapshot:
-        """Return who holds what, for the live view: a pass over the running rows and, in numpy, over the blocks.
-
-        Args:
-            max_waiting: how many of the queue to name.
-        """
-        now, waiting = self._clock(), list[WaitingSequence]()
-        for request in self.waiting.first(max_waiting):
-            reason = WaitReason.BEHIND if waiting else WaitReason.NEXT_STEP
-            if self._waits is not None and self._waits[0] is request:
-                reason = self._waits[1]
-            waited_s = now - request.arrival_time_s
-            waiting.append(WaitingSequence(request.request_id, request.index, reason, waited_s))
-        num_tokens, num_computed = self.rows.num_tokens.tolist(), self.rows.num_computed_tokens.tolist()
-        running = [
-            RunningSequence(r.request_id, r.index, r.row, num_tokens[r.row], num_computed[r.row])
-            for r in self.running_requests()
-        ]
-        return KVSnapshot(now, self.kv.pool.states(), len(self.waiting), waiting, running)
+        """Return who holds what, and at most so many of the queue by name; see `Roster.snapshot`."""
+        return self.roster.snapshot(self._clock(), self._waits, max_waiting)
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached block; who uses one keeps it."""
@@ -276,37 +222,21 @@ class Scheduler:
                         self._events.waits(request, prefix, self._num_steps)
                 break
             self._waits = None
-            self.waiting.pop()
             count = min(len(request.token_ids) - prefix.num_tokens, budget)
-            row = self._start(request, prefix)
-            first_column = len(prefix.blocks)
+            now_s = self._clock()
+            new_sequences.append(sequence := self.roster.admit(request, prefix, now_s))
+            if self._events is not None:
+                self._events.admitted(request, self._num_steps, now_s, prefix.num_tokens)
+            row, first_column = sequence.row, len(prefix.blocks)
             num_blocks = self.kv.num_blocks_for(prefix.num_tokens + count) - first_column
             blocks.add(row, 0, prefix.blocks)
             blocks.add(row, first_column, self.kv.grow(row, num_blocks))
-            new_sequences.append(_new_sequence(request))
             admitted.append((row, count))
             budget -= count
         if admitted:
             counts = self.order.join(admitted, counts)
             self._all_decode = False
         return counts, new_sequences
-
-    def _start(self, request: Request, prefix: Prefix) -> int:
-        row = self.rows.admit(request, prefix.num_tokens)
-        self.kv.admit(row, request, prefix)
-        self.order.enter(row)
-        self.num_streaming += request.stream
-        self._prefix_cache_queries += len(request.token_ids)
-        self._prefix_cache_hits += prefix.num_tokens
-        now = self._clock()
-        if request.num_cached_tokens < 0:
-            request.num_cached_tokens = prefix.num_tokens
-            request.first_scheduled_time_s = now
-        if self._events is not None:
-            self._events.admitted(request, self._num_steps, now, prefix.num_tokens)
-        if request.first_token_time_s is None:
-            self.without_first_token[row] = request
-        return row
 
     def _hand_out(
         self, counts: Int32Array, new_sequences: list[NewSequence], blocks: NewBlocks
@@ -332,11 +262,9 @@ class Scheduler:
         if num_seqs == 0:
             return None
         table.num_ahead[index] = ends
-        removed_rows = to_int32(self._removed_rows)
-        self._removed_rows = []
         work = SchedulerOutput(
             step=self._num_steps,
-            removed_rows=removed_rows,
+            removed_rows=self.roster.take_removed_rows(),
             new_sequences=tuple(new_sequences),
             rows=rows,
             num_computed_tokens=num_computed,
@@ -370,11 +298,7 @@ class Scheduler:
     def _preempt(self, row: int) -> None:
         if self._events is not None:
             self._events.preempted(self.rows.request(row), self._num_steps, int(self.rows.num_ahead[row]))
-        request = self._release(row)
-        request.status = RequestStatus.PREEMPTED
-        request.num_preemptions += 1
-        self._num_preemptions += 1
-        self.waiting.push(request)
+        self.roster.preempt(row)
 
     def update(self, work: SchedulerOutput, output: ModelOutput) -> list[EngineOutput]:
         """Take over what a step computed and return the news of the sequences that have any."""
@@ -404,13 +328,13 @@ class Scheduler:
         self._num_output_tokens += len(sampled_rows)
         if output.logprobs or output.prompt_logprobs or output.hidden_states:
             keep_extras(table, flight, output)
-        if self.without_first_token:
-            self._note_first_tokens()
+        if self.roster.without_first_token:
+            self.roster.note_first_tokens(self._clock)
         ended: frozenset[int] = frozenset()
         if output.ended is not None:
             ended = frozenset(flight.rows[work.sampled[output.ended]].tolist())
             may_end |= np.isin(sampled_rows, list(ended))
-        speaks = np.flatnonzero(may_end | table.streams[sampled_rows] if self.num_streaming else may_end)
+        speaks = np.flatnonzero(may_end | table.streams[sampled_rows] if self.roster.num_streaming else may_end)
         for row, token, ends_here in zip(
             sampled_rows[speaks].tolist(), tokens[speaks].tolist(), may_end[speaks].tolist(), strict=True
         ):
@@ -423,7 +347,7 @@ class Scheduler:
             if row in ended and (end is None or end[1] is None):
                 end = (RequestStatus.FINISHED_STOPPED, None)  # its grammar is complete; at the limit that counts more
             if end is not None:
-                said.append(self._end(request, end[0], stop_reason=end[1]))
+                said.append(self._end(request, End(end[0], stop_reason=end[1])))
             elif request.stream:
                 said.append(news(request, table))
         if self._events is not None:
@@ -438,35 +362,24 @@ class Scheduler:
                 row = int(flight.rows[flight.work.sampled[at]])
                 if row not in flight.left:
                     error, param = output.errors.get(at, (NOT_FINITE, None))
-                    request, status = self.rows.request(row), RequestStatus.FINISHED_ERROR
-                    said.append(self._end(request, status, error=error, error_param=param, forget=True))
+                    end = End(RequestStatus.FINISHED_ERROR, error=error, error_param=param, forget=True)
+                    said.append(self._end(self.rows.request(row), end))
                     flight.left.append(row)
         return said
 
     def fail(self, work: SchedulerOutput, message: str) -> list[EngineOutput]:
-        """End every sequence of a step that raised: what it wrote is unknown. The others go on.
-
-        Args:
-            work: the step.
-            message: why, for the users.
-        """
+        """End every sequence of a step that raised, telling users why: what it wrote is unknown. The others go on."""
         flight = self._land(work)
         self._all_decode = False
         # The runner may have raised before it took the rows out that this step removed; a step that was handed out
         # since may have given them away.
         again = work.removed_rows[~self.order.is_running[work.removed_rows]].tolist()
-        self._removed_rows = [*again, *self._removed_rows]
-        said = [
-            self._end(self.rows.request(row), RequestStatus.FINISHED_ERROR, error=message)
-            for row in flight.rows[flight.stayed(flight.rows)].tolist()
-        ]
+        self.roster.removed_rows[:0] = again
+        end = End(RequestStatus.FINISHED_ERROR, error=message)
+        said = [self._end(self.rows.request(row), end) for row in flight.rows[flight.stayed(flight.rows)].tolist()]
         if self._events is not None:
             self._events.ended(work, work.sampled[:0], len(self.waiting), failed=message)
         return said
-
-    def rows_left(self, work: SchedulerOutput) -> Sequence[int]:
-        """Return the rows of the next step to come back that were released since it was handed out."""
-        return self.flights.left(work)
 
     def _land(self, work: SchedulerOutput) -> Flight:
         flight = self.flights.land(work)
@@ -474,77 +387,12 @@ class Scheduler:
             self._events.landed(work.step)
         return flight
 
-    def _note_first_tokens(self) -> None:
-        num_tokens = self.rows.num_tokens
-        found = [row for row, r in self.without_first_token.items() if num_tokens[row] > r.num_prompt_tokens]
-        if found:
-            now = self._clock()
-            for row in found:
-                self.without_first_token.pop(row).first_token_time_s = now
-
-    def _end(
-        self,
-        request: Request,
-        status: RequestStatus,
-        *,
-        num_output_tokens: int | None = None,
-        stop_reason: int | None = None,
-        error: str | None = None,
-        error_param: str | None = None,
-        forget: bool = False,
-    ) -> EngineOutput:
-        """End a sequence wherever it is, give back what it holds, and return its last news.
-
-        Args:
-            request: not finished.
-            status: final.
-            num_output_tokens: output tokens to keep; None: all.
-            stop_reason: the stop token that ended it.
-            error: why it failed.
-            error_param: the field of the request that it comes from, if it does.
-            forget: nothing in its blocks can be trusted.
-        """
-        token_ids, row = self.rows.output_token_ids(request)[:num_output_tokens], request.row
-        if row >= 0:
-            self._release(row, forget=forget)
-            request.status = status
-        else:
-            request.status = status
-            self.waiting.mark_dead()
-        siblings = self.requests[request.request_id]
-        del siblings[request.index]
-        if not siblings:
-            del self.requests[request.request_id]
-        request.stop_reason = stop_reason
-        request.finish_time_s = self._clock()
+    def _end(self, request: Request, end: End) -> EngineOutput:
+        row, last = request.row, self.roster.end(request, end, self._clock())
         if self._events is not None:
-            self._events.finished(request, self._num_steps - 1, row, len(token_ids))
-        return last_news(request, token_ids, error, error_param)
-
-    def _release(self, row: int, *, forget: bool = False) -> Request:
-        """Take row and blocks from a running sequence."""
-        request = self.rows.release(row)
-        self.kv.release(row, request, forget=forget)
-        self.order.release(row)
-        self.flights.leave(row)
-        self._removed_rows.append(row)
-        self.num_streaming -= request.stream
-        self.without_first_token.pop(row, None)
-        return request
+            self._events.finished(request, self._num_steps - 1, row, request.num_reported_tokens)
+        return last
 
     def check_integrity(self) -> None:
         """Assert every invariant of scheduler, tables and pool: for tests, O(everything)."""
         check_integrity(self)
-
-
-def _new_sequence(request: Request) -> NewSequence:
-    return NewSequence(
-        row=request.row,
-        token_ids=request.token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-        params=request.params,
-        seed=request.seed,
-        index=request.index,
-        stop_token_ids=request.stop_token_ids,
-        grammar=request.grammar,
-    )

@@ -194,9 +194,7 @@ def _oldest_preempted(patch: Patch) -> None:
 
 def _output_lost(patch: Patch) -> None:
     end = Scheduler._end
-    patch.setattr(
-        Scheduler, "_end", lambda self, *args, **options: end(self, *args, **(options | {"num_output_tokens": 0}))
-    )
+    patch.setattr(Scheduler, "_end", lambda self, request, how: end(self, request, how._replace(num_output_tokens=0)))
 
 
 def _token_out_counted_twice(patch: Patch) -> None:

@@ -203,7 +203,7 @@ class _Engine:
 
     def _output(self, work: SchedulerOutput, ends: list[RequestEvent], owners: Owners) -> ModelOutput:
         """Return the tokens of a step, and end those sequences whose tokens or failures ended them."""
-        table, rows, left = self._scheduler.rows, work.rows[work.sampled], self._scheduler.rows_left(work)
+        table, rows, left = self._scheduler.rows, work.rows[work.sampled], self._scheduler.flights.left(work)
         positions = table.num_tokens[rows]
         self._current[[new.row for new in work.new_sequences]] = 0
         for place in np.flatnonzero((positions % self._block_size == 0) | (self._current[rows] == 0)).tolist():
