@@ -39,8 +39,8 @@ def detect(device: Literal["auto", "cpu", "cuda"], backend: Literal["auto", "tor
 
 
 def free_gpu_bytes() -> int:
-    """Return the bytes of the GPU that can still be taken, once torch has given back what it keeps for later: almost all
-    that an engine had which is no more.
+    """Return the bytes of the GPU that can still be taken, once torch has given back what it keeps for later: of an
+    engine that is no more almost all that it had.
     """
     import torch
 
