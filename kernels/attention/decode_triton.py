@@ -92,7 +92,7 @@ def config(
         max_registers=_MAX_REGISTERS[programs_per_sm],
         num_warps=num_warps,
         num_stages=measured.get("num_stages", 3),
-        native=_NATIVE and not exact and target.arch > 80,
+        native=_NATIVE and not exact and target.arch >= 89,
     )
 
 

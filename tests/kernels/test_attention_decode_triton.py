@@ -224,3 +224,13 @@ def test_refused() -> None:
         _plan(inputs, 17)
     with pytest.raises(AssertionError, match="another step or model"):
         call(OP, inputs, plan=_plan(gaussian(Shape(((1, 5), (1, 5)))).lay_out(), 1))
+
+
+@pytest.mark.parametrize(("arch", "native"), [(80, False), (86, False), (89, True), (90, True)])
+def test_e4m3_is_converted_by_the_machines_that_can(arch: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_triton, "_NATIVE", True)
+    found = decode_triton.config(
+        group_size=4, max_query_len=1, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, draft=False, quantised=True,
+        target=Target(arch, num_sms=80, shared_bytes=101_376),
+    )  # fmt: skip
+    assert found.native is native
