@@ -35,7 +35,7 @@ _KINDS: Mapping[str, tuple[str, type | tuple[type, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """The flags; see `server_settings` for the checks. [server] may also hold the prefix of metrics' names."""
+    """The flags; see `server_settings` for the checks. [server] may also hold `crash_folder`."""
 
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines can reach needs an API key."""
@@ -51,8 +51,8 @@ class ServeOptions:
     """NAME=X, a limit of what clients may take, such as queue_requests=64; "help" lists them."""
     shutdown_timeout: float = 30.0
     """Seconds that requests may go on after SIGTERM."""
-    crash_folder: Path | None = None
-    """Where a dying engine leaves its last steps, without any text; not given: the folder for temporary files."""
+    metrics_prefix: str = "octavo:"
+    """What the names of metrics begin with; "vllm:" suits dashboards that are there."""
 
 
 def server_settings(values: Mapping[str, Any]) -> ServerSettings:
@@ -108,14 +108,14 @@ def chat_template(values: Mapping[str, Any]) -> str | None:
 
 
 def crash_folder(values: Mapping[str, Any]) -> Path:
-    """Return where to leave a crash bundle.
+    """Return where a dying engine leaves its last steps, without any text: not given, the folder for temporary files.
 
     Raises:
         ConfigError: it is no folder.
     """
     folder = Path(values.get("crash_folder") or tempfile.gettempdir())
     if not folder.is_dir():
-        raise ConfigError(f"--crash-folder is {str(folder)!a}; allowed: a folder that is there")
+        raise ConfigError(f"crash_folder in [server] is {str(folder)!a}; allowed: a folder that is there")
     return folder
 
 

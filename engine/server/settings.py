@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
@@ -107,6 +108,10 @@ class ServerSettings:
         for name in self.served_model_names:
             if not 1 <= len(name) <= 256 or not name.isprintable():
                 raise ConfigError(f"served_model_name is {describe(name)}; allowed: 1 to 256 printable characters")
+        if not re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)?", self.metrics_prefix):
+            raise ConfigError(
+                f"metrics_prefix is {describe(self.metrics_prefix)}; allowed: letters, digits, _ and :, no digit first"
+            )
         for key in self.api_keys:
             if len(key) < 8 or not set(key) <= _ALLOWED_KEY_CHARS:
                 raise ConfigError(

@@ -90,6 +90,8 @@ def test_settings_come_from_the_file_and_flags_win(told: Any, tmp_path: Path) ->
     words = (
         "--shutdown-timeout",
         "1.5",
+        "--metrics-prefix",
+        "mine:",
         "--served-model-name",
         "c",
         "--limit",
@@ -99,7 +101,9 @@ def test_settings_come_from_the_file_and_flags_win(told: Any, tmp_path: Path) ->
     )
     _, settings, _ = told("--config", file, *words)
     limits = Limits(queue_requests=9, body_s=2.5, ping_s=1.0)
-    assert settings == dataclasses.replace(expected, served_model_names=("c",), shutdown_timeout_s=1.5, limits=limits)
+    assert settings == dataclasses.replace(
+        expected, served_model_names=("c",), shutdown_timeout_s=1.5, metrics_prefix="mine:", limits=limits
+    )
 
 
 @pytest.mark.parametrize("name", Limits.names())
@@ -133,7 +137,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str]] = [
     (("--api-key-file", "/nowhere/keys"), "", "--api-key-file /nowhere/keys cannot be read: No such file"),
     (("--api-key-file", "/dev/null"), "", "--api-key-file /dev/null holds no key"),
     (("--chat-template", "/nowhere/t"), "", "--chat-template /nowhere/t cannot be read"),
-    (("--crash-folder", "/nowhere"), "", "--crash-folder is '/nowhere'; allowed: a folder that is there"),
+    (("--metrics-prefix", "9x", "--model", "/nowhere"), "", "metrics_prefix is '9x'; allowed: letters, digits"),
     (("--limit", "queue=3"), "", "unknown limit 'queue'; allowed: body_bytes, "),
     (("--limit", "queue_requests"), "", "allowed: NAME=X"),
     (("--limit", "queue_requests=-1"), "", "limit queue_requests is -1"),
@@ -142,6 +146,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str]] = [
     (("a", "--model", "b"), "", "the model is given twice"),
     ((), "[server]\nhots = 'x'", "unknown setting 'hots' in [server]; allowed: host, port"),
     ((), "[server]\nport = '80'", "port in [server] is '80'; allowed: an integer"),
+    ((), "[server]\ncrash_folder = '/nowhere'", "crash_folder in [server] is '/nowhere'; allowed: a folder"),
     ((), "[server]\nport = true", "port in [server] is True"),
     ((), "[server]\nserved_model_name = [1]", "served_model_name in [server]"),
     ((), "[server.limits]\nqueue = 1", "unknown limit 'queue' in [server.limits]"),
@@ -253,7 +258,8 @@ def test_it_says_where_the_seconds_went_and_how_to_ask_and_logs_no_prompt(model_
 
 
 def test_a_dead_engine_ends_it_and_leaves_what_is_known_without_texts(model_folder: Path, tmp_path: Path) -> None:
-    with served(model_folder, "--crash-folder", tmp_path) as server:
+    (tmp_path / "octavo.toml").write_text(f"[server]\ncrash_folder = {str(tmp_path)!r}\n")
+    with served(model_folder, "--config", tmp_path / "octavo.toml") as server:
         server.complete()
         found = re.search(r"start the engine's process +pid (\d+)", server.log())
         assert found is not None, server.log()
