@@ -43,7 +43,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_flag(name: str, value: Any, *, automatic: bool = False) -> None:
-    allowed = "true, false" + (", or none for automatic" if automatic else "")
+    allowed = "true, false" + (", or left out for automatic" if automatic else "")
     _check(name, value, allowed, lambda v: isinstance(v, bool) or (automatic and v is None))
 
 
@@ -155,7 +155,7 @@ class CacheConfig:
         _check(
             "kv_cache_tokens",
             self.kv_cache_tokens,
-            f"at least one block ({self.block_size} tokens) and below 2**48, or none for automatic",
+            f"at least one block ({self.block_size} tokens) and below 2**48, or left out for automatic",
             lambda v: v is None or (_is_int(v) and self.block_size <= v < 2**48),
         )
         _check(
@@ -189,7 +189,7 @@ class SchedulerConfig:
             _check(
                 name,
                 getattr(self, name),
-                "an integer from 1 to 2**31 - 1, or none for automatic",
+                "an integer from 1 to 2**31 - 1, or left out for automatic",
                 lambda v: v is None or (_is_int(v) and 1 <= v < 2**31),
             )
         _check("policy", self.policy, "fcfs, priority", lambda v: v in ("fcfs", "priority"))
@@ -229,7 +229,7 @@ class EngineConfig:
     invariant: bool = False
     """Bit-equal tokens and logprobs whatever the batch, chunking, cache or preemption; slower."""
     graphs: bool | None = None
-    """Run decode steps as captured graphs; None: on a GPU."""
+    """Run decode steps as captured CUDA graphs; None: on a GPU. A CPU repeats the same calls instead: for tests."""
     generation_config: Literal["auto", "none"] = "auto"
     """auto: the sampling defaults that come with the model, where it has any; none: octavo's own."""
     special_in_prompts: bool = True

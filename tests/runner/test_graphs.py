@@ -293,5 +293,5 @@ def test_what_cannot_be_captured_is_refused() -> None:
     config = EngineConfig.from_settings({"graphs": True, "backend": "torch"})
     with pytest.raises(ConfigError, match=r"graphs is true and backend is torch on a GPU; allowed: false"):
         resolve(config, MODEL, Hardware("cuda", "a GPU", 2**33))
-    with pytest.raises(ConfigError, match=r"graphs is 3; allowed: true, false, or none for automatic"):
+    with pytest.raises(ConfigError, match=r"graphs is 3; allowed: true, false, or left out for automatic"):
         EngineConfig(graphs=3)  # type: ignore[arg-type]
