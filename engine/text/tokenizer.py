@@ -22,12 +22,10 @@ from tokenizers import Tokenizer as Backend
 from ..errors import CheckpointError, RequestError
 from .gguf_vocab import build_gguf_vocab
 from .pieces import BytePieces, DecoderSpec, TextPieces
+from .tokenizer_files import TOKENIZER, read_tokenizer_files
 
 __all__ = ["Tokenizer", "TokenizerParts"]
 
-_MAX_TOKENIZER_BYTES = 256 << 20
-_MAX_CONFIG_BYTES = 16 << 20
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LOOKS_LIKE_CONTROL = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
 """Some checkpoints (DeepSeek's among them) do not flag the tokens that open a turn as special."""
 
@@ -120,27 +118,19 @@ class Tokenizer:
         Raises:
             CheckpointError: a file is missing, too large, damaged or asks for something not supported.
         """
-        folder = Path(path)
-        file = "tokenizer.json"
-        data = _read(folder / file, _MAX_TOKENIZER_BYTES)
-        if data is None:
-            raise CheckpointError(file, "is missing; only the tokenizers format is supported, not tokenizer.model")
-        config = _read_json(folder / "tokenizer_config.json")
-        named = {name: _token_text(value) for name, value in _read_json(folder / "special_tokens_map.json").items()}
-        named |= {name: _token_text(value) for name, value in config.items() if name in _NAMES}
-        named_tokens = {name: text for name, text in named.items() if name in _NAMES and text is not None}
-        with _damage_of(file):
-            backend = Backend.from_buffer(data)
+        files = read_tokenizer_files(Path(path))
+        with _damage_of(TOKENIZER):
+            backend = Backend.from_buffer(files.tokenizer)
             if getattr(backend.model, "dropout", None):
-                raise CheckpointError(file, "the model has a dropout, which would make encoding random")
+                raise CheckpointError(TOKENIZER, "the model has a dropout, which would make encoding random")
             prefix, suffix = _additions(backend)
         return cls(
             backend,
-            named_tokens=named_tokens,
+            named_tokens=files.named_tokens,
             prefix=prefix,
             suffix=suffix,
-            chat_template=_folder_template(folder, config),
-            source=file,
+            chat_template=files.chat_template,
+            source=TOKENIZER,
         )
 
     @classmethod
@@ -343,59 +333,6 @@ def _damage_of(file: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(file, "is damaged: the tokenizer library gave up on it") from error
-
-
-def _read(path: Path, max_bytes: int) -> bytes | None:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(max_bytes + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(path.name, f"cannot be read: {error.strerror}") from error
-    if len(data) > max_bytes:
-        raise CheckpointError(path.name, f"has more than {max_bytes} bytes")
-    return data
-
-
-def _read_text(path: Path) -> str | None:
-    data = _read(path, _MAX_CONFIG_BYTES)
-    try:
-        return None if data is None else data.decode()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(path.name, f"is no UTF-8 at byte {error.start}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path.name, f"is no JSON: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(path.name, "is not a JSON object")
-    return value
-
-
-def _token_text(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) and text else None
-
-
-def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the template of its own file, else the configuration's; of several named ones, "default"."""
-    source = _read_text(folder / "chat_template.jinja")
-    if source is not None:
-        return source
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
-    if value is not None and not isinstance(value, str):
-        raise CheckpointError("tokenizer_config.json", "chat_template is neither a string nor a list of named ones")
-    return value
 
 
 def _additions(backend: Backend) -> tuple[list[int], list[int]]:
