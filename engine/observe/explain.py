@@ -45,7 +45,8 @@ def explain(ring: EventRing, *request_ids: str, now_s: float | None = None) -> J
     if now_s is None:
         now_s = max(ring.events[-1].time_s, ring.steps[-1].end_s if ring.steps else 0.0)
     firsts = [stay.first_step for life in latest.values() for stay in life.stays]
-    table = StepTable([event for event in ring.steps if event.step >= min(firsts)] if firsts else [])
+    # And the step before the first, which it may have waited for.
+    table = StepTable([event for event in ring.steps if event.step >= min(firsts) - 1] if firsts else [])
     queue = HeadWaits(ring.events)
     choices = [
         _choice(ring, table, queue, life, now_s) | {"choice": prompt * num_choices + choice}
@@ -68,6 +69,10 @@ def _choice(ring: EventRing, table: StepTable, queue: HeadWaits, life: Life, now
         at_s, seconds = _seconds(wait.start_s - start_s), _seconds(end_s - wait.start_s)
         waits.append({"at_s": at_s, "seconds": seconds, "reasons": reasons})
     chunks = _joined([run.places[run.is_chunk] for run in runs])
+    began_s, ended_s = (
+        np.concatenate([getattr(run, name)[run.is_chunk] for run in runs] or [np.empty(0)])
+        for name in ("start_s", "end_s")
+    )
     places = _joined([run.places[run.sampled] for run in runs])
     at = table.end_s[places]
     admitted = life.stays[0].admitted if life.stays else None
@@ -88,8 +93,8 @@ def _choice(ring: EventRing, table: StepTable, queue: HeadWaits, life: Life, now
         "chunks": {
             "step": (chunks + table.first_step).tolist(),
             "num_tokens": _joined([run.num_tokens[run.is_chunk] for run in runs]).tolist(),
-            "at_s": _rounded(table.start_s[chunks] - start_s),
-            "seconds": _rounded(table.end_s[chunks] - table.start_s[chunks]),
+            "at_s": _rounded(began_s - start_s),
+            "seconds": _rounded(ended_s - began_s),
         },
         "preemptions": list(_preemptions(life, start_s)),
         "time_to_first_token_s": _seconds(at[0] - start_s) if has_first else None,

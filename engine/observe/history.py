@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..events import EventKind, RequestEvent, StepEvent, WaitReason
+from ..events import EventKind, Moment, RequestEvent, StepEvent, WaitReason
 
 __all__ = ["HeadWaits", "Life", "Runs", "Stay", "StepTable", "Wait", "lives"]
 
@@ -179,6 +179,10 @@ class Runs(NamedTuple):
     """[n] whether it ran tokens that were known at its admission: a prompt, or what preemption took."""
     is_complete: bool
     """Whether all of its steps are in the table."""
+    start_s: FloatArray
+    """[n] when the device was free to begin; never after the row was left, as the next."""
+    end_s: FloatArray
+    """[n] when the news of it was ready."""
 
 
 class StepTable:
@@ -202,7 +206,6 @@ class StepTable:
         self._places = np.repeat(np.arange(len(self.steps)), lengths)[order]
         self._num_tokens = _concatenate([event.num_scheduled_tokens for event in self.steps])[order]
         self._sampled = sampled[order]
-        self.start_s: FloatArray = np.array([event.start_s for event in self.steps])
         self.end_s: FloatArray = np.array([event.end_s for event in self.steps])
         self.run_s: FloatArray = np.array([event.execute_s for event in self.steps])
         """When the runner got a step, or, where steps overlap, the one before it was over."""
@@ -222,7 +225,11 @@ class StepTable:
             is_chunk = done < admitted.num_tokens - admitted.num_cached_tokens
         else:
             is_chunk = num_tokens > 1
-        return Runs(self._places[first:end], num_tokens, self._sampled[first:end], is_chunk, is_complete)
+        places, left = places[first - low : end - low], stay.left
+        # Who ends in the update of a step was there until its end; others may leave while a step is out.
+        until_s = np.inf if left is None or left.moment == Moment.UPDATE else left.time_s
+        start_s, end_s = (np.minimum(times[places], until_s) for times in (self.run_s, self.end_s))
+        return Runs(places, num_tokens, self._sampled[first:end], is_chunk, is_complete, start_s, end_s)
 
 
 def _concatenate(arrays: Sequence[npt.NDArray[np.integer]]) -> IntArray:

@@ -271,7 +271,7 @@ def _engine_series(prefix: str, max_model_len: int) -> dict[str, Series]:
         "num_preemptions": "Times a sequence lost its row and blocks.",
         "prompt_tokens": "Prompt tokens of sequences that were started.",
         "prompt_tokens_cached": "Those of them that were found in the prefix cache.",
-        "generation_tokens": "Tokens sampled.",
+        "generation_tokens": "Tokens sampled, but for those in vain.",
         "num_failed_steps": "Steps that raised.",
         "num_wasted_tokens": "Tokens sampled in vain: by sequences that had ended or been preempted meanwhile.",
     }

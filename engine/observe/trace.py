@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ..events import Moment
 from .history import HeadWaits, Life, Runs, Stay, StepTable, lives
 from .ring import EventRing
 
@@ -116,25 +115,23 @@ def _residence(table: StepTable, life: Life, clock: _Clock) -> Iterator[Json]:
     for stay in life.stays:
         runs, track = table.runs_of(stay), FIRST_ROW + stay.admitted.row
         name = life.request_id if life.choice == 0 else f"{life.request_id} [{life.choice}]"
-        left_s = _end_s(table, stay, runs, clock)
+        left_s = _end_s(stay, runs, clock)
         yield clock.slice(ROWS, track, name, stay.admitted.time_s, left_s, **_facts(life, stay))
         # Chunks one by one, decoding from one chunk to the next as a whole: a slice a token would be millions.
         breaks = np.flatnonzero(runs.is_chunk[1:] | runs.is_chunk[:-1]) + 1
         if len(runs.places):
             for part in np.split(np.arange(len(runs.places)), breaks):
-                first, last = runs.places[part[0]], runs.places[part[-1]]
                 is_chunk = bool(runs.is_chunk[part[0]])
                 what, counts = ("prefill", runs.num_tokens) if is_chunk else ("decode", runs.sampled)
-                name, first_step = f"{what} {int(counts[part].sum())}", int(first) + table.first_step
-                start_s, end_s = min(float(table.run_s[first]), left_s), min(float(table.end_s[last]), left_s)
+                name, first_step = f"{what} {int(counts[part].sum())}", int(runs.places[part[0]]) + table.first_step
+                start_s, end_s = float(runs.start_s[part[0]]), float(runs.end_s[part[-1]])
                 yield clock.slice(ROWS, track, name, start_s, end_s, first_step=first_step, num_steps=len(part))
 
 
-def _end_s(table: StepTable, stay: Stay, runs: Runs, clock: _Clock) -> float:
+def _end_s(stay: Stay, runs: Runs, clock: _Clock) -> float:
     """Return when a row was left: if in the update of a step, at its end."""
     left_s = clock.end_s if stay.left is None else stay.left.time_s
-    in_time = stay.left is None or stay.left.moment == Moment.UPDATE
-    return max(left_s, float(table.end_s[runs.places[-1]])) if in_time and len(runs.places) else left_s
+    return max(left_s, float(runs.end_s[-1])) if len(runs.places) else left_s
 
 
 def _facts(life: Life, stay: Stay) -> Json:

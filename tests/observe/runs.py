@@ -125,28 +125,35 @@ class Told:
     entries: list[tuple[int, int]] = field(default_factory=list)
     """(step, tokens run)."""
     finished: RequestEvent | None = None
+    end_step: int | None = None
+    """The first step that its row does not run for it any more."""
 
 
 def replay(log: Log) -> dict[tuple[str, int], Told]:
     """Return what is told of each sequence."""
     told: dict[tuple[str, int], Told] = {}
-    owners: dict[int, Told] = {}
+    owners: dict[int, list[tuple[int, Told]]] = {}
     for event in log.events:
         if isinstance(event, StepEvent):
             for place, (row, count) in enumerate(zip(event.rows, event.num_scheduled_tokens, strict=True)):
-                owners[int(row)].entries.append((event.step, int(count)))
+                owner = next(owner for first, owner in reversed(owners[int(row)]) if first <= event.step)
+                if owner.end_step is None or event.step < owner.end_step:
+                    owner.entries.append((event.step, int(count)))
                 if place in event.sampled:
-                    owners[int(row)].token_times.append(event.end_s)
-                    owners[int(row)].token_steps.append(event.step)
+                    owner.token_times.append(event.end_s)
+                    owner.token_steps.append(event.step)
             continue
         key = (event.request_id, event.choice)
         if event.kind == EventKind.ARRIVED:
             told[key] = Told(event)
         elif event.kind == EventKind.ADMITTED:
-            owners[event.row] = told[key]
+            owners.setdefault(event.row, []).append((event.step, told[key]))
             told[key].admitted.append(event)
+            told[key].end_step = None
         elif event.kind == EventKind.PREEMPTED:
             told[key].preempted.append(event)
+            told[key].end_step = event.step
         elif event.kind == EventKind.FINISHED:
             told[key].finished = event
+            told[key].end_step = event.step + 1
     return told

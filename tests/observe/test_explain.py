@@ -5,21 +5,40 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
-from octavo.engine.events import EventKind, RequestEvent, StepEvent, WaitReason
+from octavo.engine.events import EventKind, Moment, RequestEvent, StepEvent, WaitReason
 from octavo.engine.observe.explain import explain, summaries
 from octavo.engine.observe.history import HeadWaits, StepTable, lives
 from octavo.engine.observe.ring import EventRing
 from octavo.engine.sampling_params import SamplingParams
 
-from .runs import Log, Run, busy_run, make_core, replay
+from .runs import Log, Run, Told, busy_run, make_core, replay
+
+NEWS_S = 0.05
+"""The clock goes on by a millisecond whenever it is read: from an end in the update of a step to the step's own."""
 
 
-@pytest.fixture(scope="module")
-def ring_and_run() -> tuple[EventRing, Run]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one by one", "overlap"])
+def ring_and_run(request: pytest.FixtureRequest) -> tuple[EventRing, Run]:
     ring = EventRing()
-    return ring, busy_run(ring)
+    return ring, busy_run(ring, max_steps_in_flight=request.param)
+
+
+def check_phases(choice: dict[str, Any], told: Told) -> None:
+    """Check that no two of a sequence's waits and chunks are at the same time, and that tokens follow them."""
+    chunks, tick_s = choice["chunks"], 1e-5
+    phases = [(wait["at_s"], wait["seconds"]) for wait in choice["waits"]]
+    phases += zip(chunks["at_s"], chunks["seconds"], strict=True)
+    for (at_s, seconds), (next_s, _) in pairwise([*sorted(phases), (choice["seconds"] + 1.0, 0.0)]):
+        assert -tick_s < seconds <= next_s - at_s + tick_s, choice
+    for at_s, seconds in phases:
+        assert at_s + seconds <= choice["seconds"] + NEWS_S
+    if told.token_times and not told.preempted:
+        assert chunks["at_s"][-1] + chunks["seconds"][-1] == pytest.approx(choice["time_to_first_token_s"], abs=tick_s)
+    if told.token_times and told.finished is not None and told.finished.moment == Moment.UPDATE:
+        assert 0 < choice["tokens"]["at_s"][-1] - choice["seconds"] <= NEWS_S or told.finished.detail == "error"
 
 
 def test_every_number_of_every_request_equals_the_log(ring_and_run: tuple[EventRing, Run]) -> None:
@@ -66,6 +85,7 @@ def test_every_number_of_every_request_equals_the_log(ring_and_run: tuple[EventR
             num_recomputed += each["recomputed_tokens"]
         for wait in choice["waits"]:
             assert sum(wait["reasons"].values()) == pytest.approx(wait["seconds"], abs=1e-5)
+        check_phases(choice, told)
         json.dumps(explanation, allow_nan=False)
     assert num_chunks > 50
     assert num_recomputed > 50

@@ -56,10 +56,10 @@ def check_histogram(samples: Samples, name: str, values: Iterable[float]) -> Non
     assert math.isclose(number(samples, f"{name}_sum"), math.fsum(values), rel_tol=1e-9, abs_tol=1e-9), name
 
 
-@pytest.fixture(scope="module")
-def run_and_samples() -> tuple[Run, Samples]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one by one", "overlap"])
+def run_and_samples(request: pytest.FixtureRequest) -> tuple[Run, Samples]:
     metrics = make_metrics()
-    run = busy_run(metrics)
+    run = busy_run(metrics, max_steps_in_flight=request.param)
     return run, read(metrics)
 
 
@@ -96,6 +96,8 @@ def test_every_counter_equals_the_log_and_the_scheduler(run_and_samples: tuple[R
     assert number(samples, "prefix_cache_queries_total") == stats.prefix_cache_queries
     assert number(samples, "prefix_cache_hits_total") == stats.prefix_cache_hits
     assert number(samples, "generation_tokens_total") == stats.num_output_tokens
+    assert number(samples, "num_wasted_tokens_total") == stats.num_wasted_tokens
+    assert (stats.num_wasted_tokens > 0) == (run.core.scheduler.limits.max_steps_in_flight == 2)
     ends = Counter(told_.finished.detail for told_ in told if told_.finished is not None)
     for reason in ("stop", "length", "abort", "error"):
         assert number(samples, "request_success_total", finished_reason=reason) == ends[reason], reason
@@ -137,9 +139,10 @@ def test_every_bucket_equals_the_log(run_and_samples: tuple[Run, Samples]) -> No
     check_histogram(samples, "request_time_per_output_token_seconds", per_token)
 
 
-def test_gauges_count_sequences_by_where_they_are() -> None:
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
+def test_gauges_count_sequences_by_where_they_are(max_steps_in_flight: int) -> None:
     metrics = make_metrics()
-    core = make_core(metrics, max_num_seqs=2, max_num_batched_tokens=8)
+    core = make_core(metrics, max_num_seqs=2, max_num_batched_tokens=8, max_steps_in_flight=max_steps_in_flight)
     for i in range(5):
         core.add_request(f"r{i}", [i + 1, 2, 3], SamplingParams(max_tokens=9))
     for _ in range(4):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -83,10 +85,14 @@ def on_server(visit: Open, server: Running, fragment: str = "", expected: str = 
 
 
 class _Files(SimpleHTTPRequestHandler):
-    """The page and a recording as plain files, with the headers that the server sends."""
+    """The page and recordings as plain files, with the headers that the server sends."""
+
+    def __init__(self, *arguments: Any, recordings: dict[str, Path], **options: Any) -> None:
+        self._recordings = recordings
+        super().__init__(*arguments, **options)
 
     def translate_path(self, path: str) -> str:
-        return str(RECORDING) if path.startswith("/run.json") else super().translate_path(path)
+        return str(self._recordings.get(path) or super().translate_path(path))
 
     def end_headers(self) -> None:
         for name, value in static._HEADERS:
@@ -98,8 +104,18 @@ class _Files(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def plain_files() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(PAGE)))
+def overlapped() -> tuple[bytes, list[dict[str, Any]]]:
+    """The recording of a run in which steps overlap, and what a watcher was told of it."""
+    told: list[dict[str, Any]] = []
+    return record(overlap=True, told=told), told
+
+
+@pytest.fixture(scope="module")
+def plain_files(tmp_path_factory: pytest.TempPathFactory, overlapped: tuple[bytes, Any]) -> Iterator[str]:
+    file = tmp_path_factory.mktemp("recordings") / "overlapped.json"
+    file.write_bytes(overlapped[0])
+    files = partial(_Files, directory=str(PAGE), recordings={"/run.json": RECORDING, "/overlapped.json": file})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), files)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/"
@@ -315,14 +331,22 @@ def test_recording_opens_without_an_engine(plain_files: str, visit: Open) -> Non
 
 
 @needs_browser
-def test_recording_is_explained_as_the_engine_does(plain_files: str, visit: Open) -> None:
-    page = visit(f"{plain_files}?recording=run.json")
-    mine = page.evaluate("""async () => {
+@pytest.mark.parametrize("name", ["run.json", "overlapped.json"])
+def test_recording_is_explained_as_the_engine_does(
+    plain_files: str, overlapped: tuple[bytes, Any], visit: Open, name: str
+) -> None:
+    page = visit(f"{plain_files}?recording={name}")
+    mine = page.evaluate(
+        """async name => {
         const [{ Run }, { readRecording }] = await Promise.all([import("./run.js"), import("./data.js")]);
-        const run = new Run(readRecording(await (await fetch("run.json")).json())), lines = run.summaries(run.end);
+        const run = new Run(readRecording(await (await fetch(name)).json())), lines = run.summaries(run.end);
         return { lines, explained: lines.map(line => run.explain(line.request_id).choices), steps: run.steps };
-    }""")
-    ring = recording.loads(RECORDING.read_bytes()).ring
+    }""",
+        name,
+    )
+    ring = recording.loads(RECORDING.read_bytes() if name == "run.json" else overlapped[0]).ring
+    for before, step in pairwise(mine["steps"]):
+        assert before["end"] <= step["start"] <= step["execute"] < step["end"]
     assert [step["prefill"] + step["decode"] for step in mine["steps"]] == [
         int(step.num_scheduled_tokens.sum()) for step in ring.steps
     ]
@@ -343,10 +367,36 @@ def test_recording_is_explained_as_the_engine_does(plain_files: str, visit: Open
             assert ours["tokens"]["at_s"] == pytest.approx(other["tokens"]["at_s"], abs=1e-5)
             assert ours["chunks"]["step"] == other["chunks"]["step"]
             assert ours["chunks"]["num_tokens"] == other["chunks"]["num_tokens"]
+            for part in ("at_s", "seconds"):
+                assert ours["chunks"][part] == pytest.approx(other["chunks"][part], abs=1e-5)
             for wait, known in zip(ours["waits"], other["waits"], strict=True):
                 assert wait["at_s"] == pytest.approx(known["at_s"], abs=1e-5)
                 long = {reason: seconds for reason, seconds in known["reasons"].items() if seconds > 1e-5}
                 assert {why: s for why, s in wait["reasons"].items() if s > 1e-5} == pytest.approx(long, abs=1e-5)
+
+
+@needs_browser
+def test_live_view_tells_prompts_from_outputs_where_steps_overlap(
+    plain_files: str, overlapped: tuple[bytes, list[dict[str, Any]]], visit: Open
+) -> None:
+    """A message may tell who was admitted to a step that only the next one tells of."""
+    page = visit(f"{plain_files}?recording=overlapped.json")
+    seen = page.evaluate(
+        """async messages => {
+        messages = JSON.parse(messages);
+        const [{ Run }, { readLive, readRecording }] = await Promise.all([import("./run.js"), import("./data.js")]);
+        const run = new Run(readRecording(await (await fetch("overlapped.json")).json())), found = new Map();
+        let seen = null;
+        for (const message of messages) {
+            seen = readLive(message, seen, { id: "fake" });
+            for (const step of seen.steps) found.set(step.step, [step.prefill, step.start]);
+        }
+        return [run.steps.map(step => [step.prefill, step.start]), [...found.values()]];
+    }""",
+        json.dumps(overlapped[1]),
+    )
+    assert len(seen[0]) > 300
+    assert seen[0] == seen[1]
 
 
 BARS = """() => {

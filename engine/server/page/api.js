@@ -49,7 +49,7 @@ export async function request(path, { body, signal } = {}) {
 		try {
 			response = await fetch(new URL(path, document.baseURI), {
 				method: body === undefined ? "GET" : "POST", headers, signal, cache: "no-store",
-				body: body === undefined ? undefined : JSON.stringify(body),
+				body: JSON.stringify(body),
 			});
 		} catch (error) {
 			if (error.name === "AbortError") throw error;

@@ -98,10 +98,8 @@ function hangUp() {
 // Have the live stream open exactly while somebody looks at it.
 async function follow(wait = 1000) {
 	const wanted = !run && !document.hidden && !$("live").hidden && playground.served();
-	if (!wanted || stream) {
-		if (!wanted) hangUp();
-		return;
-	}
+	if (!wanted) return hangUp();
+	if (stream) return;
 	const mine = (stream = new AbortController());
 	let seen = null;
 	try {
@@ -126,10 +124,10 @@ async function follow(wait = 1000) {
 document.addEventListener("visibilitychange", () => follow());
 setInterval(() => !document.hidden && !run && requests.refresh(), 2000);
 
-for (const [button, path, name] of [["get-trace", "trace", "octavo-trace.json"], ["get-recording", "recording", "octavo-recording.json"]]) {
-	on(button, "click", async () => {
+for (const path of ["trace", "recording"]) {
+	on(`get-${path}`, "click", async () => {
 		try {
-			save(name, await (await api.request(path)).text());
+			save(`octavo-${path}.json`, await (await api.request(path)).text());
 		} catch (error) {
 			status("bad", error.message);
 		}

@@ -18,11 +18,14 @@ function readEvents(fields, rows) {
 }
 
 // Rows are left out where they are those of the step before, counts where all ran as many, `sampled` where all did.
-function readSteps(fields, rows) {
+// A step that was scheduled while another ran begins where that was over; `over` is where the one before the first was.
+function readSteps(fields, rows, over = 0) {
 	let before = [];
 	return rows.map(row => {
 		const step = named(fields, row), ran = (before = step.rows ?? before), counts = step.num_scheduled_tokens;
-		return { step: step.step, start: step.start_s, execute: step.execute_s, update: step.update_s, end: step.end_s, rows: ran,
+		const [start, execute] = [step.start_s, step.execute_s].map(time => Math.max(time, over));
+		over = step.end_s;
+		return { step: step.step, start, execute, scheduled: step.execute_s - step.start_s, update: step.update_s, end: over, rows: ran,
 			tokens: Array.isArray(counts) ? counts : ran.map(() => counts), sampled: step.sampled ?? ran.map((_, i) => i),
 			waiting: step.num_waiting, free: step.num_free_blocks, cached: step.num_cached_blocks, failed: step.failed };
 	});
@@ -49,8 +52,8 @@ export function readRecording(file) {
 export function readLive(message, seen, model) {
 	const { kv, rates } = message, states = readBlocks(kv.blocks), now = kv.time_s;
 	// Tokens that a row has still to run until it samples its first, since the admission that gave it to somebody.
-	const left = seen?.left ?? new Map(), admitted = readEvents(message.event_fields, message.requests).filter(event => event.kind === "admitted");
-	const fresh = readSteps(message.step_fields, message.steps);
+	const left = seen?.left ?? new Map(), fresh = readSteps(message.step_fields, message.steps, seen?.steps.at(-1)?.end);
+	const admitted = [...(seen?.admitted ?? []), ...readEvents(message.event_fields, message.requests).filter(event => event.kind === "admitted")];
 	for (const step of fresh) {
 		while (admitted[0]?.step <= step.step) {
 			const { row, tokens, cached } = admitted.shift();
@@ -68,7 +71,7 @@ export function readLive(message, seen, model) {
 	const steps = [...(seen?.steps ?? []), ...fresh].filter(step => step.end > now - MAX_WINDOW_S);
 	const sequence = each => ({ id: each.request_id, choice: each.choice });
 	return {
-		now, steps, left, facts: { model: model.id, numBlocks: states.length, blockSize: model.block_size, maxNumSeqs: model.max_num_seqs },
+		now, steps, left, admitted, facts: { model: model.id, numBlocks: states.length, blockSize: model.block_size, maxNumSeqs: model.max_num_seqs },
 		running: kv.running.map(each => ({ ...sequence(each), row: each.row, tokens: each.num_tokens, computed: each.num_computed_tokens })),
 		waiting: kv.waiting.map(each => ({ ...sequence(each), reason: each.reason, waited: each.waited_s })),
 		numRunning: kv.running.length, numWaiting: kv.num_waiting, kv: { states, used: kv.counts.private + kv.counts.shared },
@@ -111,11 +114,11 @@ function readChoice(choice) {
 		if (decoded.length) rows.push({ kind: "decode", label: "Decode", note: some(decoded.length, "token"), from: begin, to: decoded.at(-1) });
 	});
 	const gap = choice.inter_token_s, facts = [
-		["Prompt", choice.prompt_tokens, count], ["In the prefix cache", choice.cached_tokens, count], ["Output", choice.output_tokens, count],
-		["At most", choice.max_tokens, count], ["Queued", choice.queued_s, duration], ["To the first token", choice.time_to_first_token_s, duration],
+		["Prompt", choice.prompt_tokens], ["In the prefix cache", choice.cached_tokens], ["Output", choice.output_tokens],
+		["At most", choice.max_tokens], ["Queued", choice.queued_s, duration], ["To the first token", choice.time_to_first_token_s, duration],
 		["Between tokens, median", gap?.p50, duration], ["Between tokens, p99", gap?.p99, duration], ["In all", choice.seconds, duration],
-		["Preemptions", preemptions.length, count],
-	].filter(([, value]) => value != null).map(([name, value, write]) => [name, write(value)]);
+		["Preemptions", preemptions.length],
+	].filter(([, value]) => value != null).map(([name, value, write = count]) => [name, write(value)]);
 	return {
 		sentences: choice.sentences, facts, rows: rows.filter(row => row.kind !== "wait" || row.to > row.from), first: choice.time_to_first_token_s,
 		to: Math.max(choice.seconds, rows.at(-1).to), gaps: times.slice(1).map((time, i) => time - times[i]),

@@ -76,10 +76,8 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", schemeChan
 export function surface(canvas) {
 	const { clientWidth: width, clientHeight: height } = canvas, scale = devicePixelRatio || 1;
 	if (!width || !height) return null;
-	if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
-		canvas.width = Math.round(width * scale);
-		canvas.height = Math.round(height * scale);
-	}
+	const [wide, tall] = [width, height].map(size => Math.round(size * scale));
+	if (canvas.width !== wide || canvas.height !== tall) Object.assign(canvas, { width: wide, height: tall });
 	const g = canvas.getContext("2d");
 	g.setTransform(scale, 0, 0, scale, 0, 0);
 	g.clearRect(0, 0, width, height);
@@ -95,9 +93,4 @@ export function save(name, text) {
 	URL.revokeObjectURL(link.href);
 }
 
-export const legend = entries =>
-	entries.map(([name, text]) => {
-		const swatch = el("i");
-		swatch.style.background = `var(--${name})`;
-		return el("span", {}, swatch, text);
-	});
+export const legend = entries => entries.map(([name, text]) => el("span", {}, el("i", { style: `background: var(--${name})` }), text));

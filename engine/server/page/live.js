@@ -9,8 +9,6 @@ let frozen = false;
 
 $("steps-legend").append(...legend([["prefill", "prefill"], ["decode", "decode, running"], ["waiting", "waiting"]]));
 
-const HINT = "Point at a step, or use the arrow keys, to see what it did.";
-
 export function show(next) {
 	if (frozen) return;
 	view = next;
@@ -33,8 +31,8 @@ function draw() {
 		["decode tokens/s", rate(rates.decode)],
 		["KV in use", percent(used)],
 		["prefix hits", percent(rates.hit)],
-		["first token, p50 / p99", duration(rates.ttft[0]), rates.ttft[0] != null && `/ ${duration(rates.ttft[1])}`],
-		["between tokens, p50 / p99", duration(rates.itl[0]), rates.itl[0] != null && `/ ${duration(rates.itl[1])}`],
+		...[["first token", rates.ttft], ["between tokens", rates.itl]].map(([name, [p50, p99]]) =>
+			[`${name}, p50 / p99`, duration(p50), p50 != null && `/ ${duration(p99)}`]),
 	]);
 	readStep();
 	const known = map.draw(kv, facts.numBlocks), named = name => (kv.states || name === "free" ? name : "in use");
@@ -61,11 +59,8 @@ function tiles(entries) {
 
 const link = ({ id, choice }) => el("a", { class: "id", title: id, href: `#requests/${encodeURIComponent(id)}`, text: choice ? `${choice + 1} of ${id}` : id });
 
-function computed({ tokens, computed }) {
-	const bar = el("i");
-	bar.style.width = `${(100 * computed) / tokens}%`;
-	return el("span", { class: "part", role: "img", ariaLabel: `${count(computed)} of ${some(tokens, "token")}` }, bar);
-}
+const computed = ({ tokens, computed }) => el("span", { class: "part", role: "img", ariaLabel: `${count(computed)} of ${some(tokens, "token")}` },
+	el("i", { style: `width: ${(100 * computed) / tokens}%` }));
 
 const MAX_ROWS = 200;
 
@@ -85,9 +80,9 @@ function readStep() {
 	const step = timeline.draw(view, Number($("window").value));
 	const parts = step && [`Step ${count(step.step)}`, duration(step.end - step.start), some(step.numSeqs, "sequence"),
 		`${count(step.prefill)} prefill and ${count(step.decode)} decode tokens`, `${count(step.waiting)} waiting`,
-		step.execute && `scheduled in ${duration(step.execute - step.start)}, ran ${duration(step.update - step.execute)}, told in ${duration(step.end - step.update)}`,
+		`scheduled in ${duration(step.scheduled)}, ran ${duration(step.update - step.execute)}, told in ${duration(step.end - step.update)}`,
 		step.failed && `failed: ${step.failed}`];
-	const text = parts ? parts.filter(Boolean).join(" · ") : HINT;
+	const text = parts ? parts.filter(Boolean).join(" · ") : "Point at a step, or use the arrow keys, to see what it did.";
 	if ($("step-readout").textContent !== text) $("step-readout").textContent = text;
 }
 

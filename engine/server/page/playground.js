@@ -19,7 +19,7 @@ let model = null;
 let history = [];
 let running = null;
 
-// Ask who answers; true when somebody does.
+// Ask who answers. Throws where nobody does.
 export async function connect() {
 	const { data } = await json("v1/models");
 	model = data[0];

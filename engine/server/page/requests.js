@@ -50,12 +50,9 @@ function list() {
 	const wanted = $("find").value.trim(), found = listed.filter(({ id }) => id.includes(wanted));
 	const focused = $("recent").contains(document.activeElement) ? document.activeElement.dataset.id : null;
 	const current = found.some(({ id }) => id === chosen) ? chosen : found[0]?.id;
-	$("recent").replaceChildren(...found.slice(0, MAX_LISTED).map(({ id, line }) => {
-		const option = el("div", { role: "option", tabIndex: id === current ? 0 : -1, "aria-selected": id === chosen, onclick: () => go(id) },
-			el("span", { class: "id", text: id }), el("small", { text: line }));
-		option.dataset.id = id;
-		return option;
-	}));
+	$("recent").replaceChildren(...found.slice(0, MAX_LISTED).map(({ id, line }) =>
+		el("div", { role: "option", "data-id": id, tabIndex: id === current ? 0 : -1, "aria-selected": id === chosen, onclick: () => go(id) },
+			el("span", { class: "id", text: id }), el("small", { text: line }))));
 	if (focused) [...$("recent").children].find(option => option.dataset.id === focused)?.focus();
 	if (found.length > MAX_LISTED) $("recent").append(nothing(`and ${some(found.length - MAX_LISTED, "older one")}: find them by id`));
 	if (!found.length) $("recent").append(nothing(wanted ? "No request has this in its id." : "No requests yet. The latest are listed here."));
@@ -86,15 +83,9 @@ function detail(id, { choices }) {
 function waterfall({ to, rows, first }) {
 	const span = Math.max(to, 1e-9), part = time => `${Math.min(100, (time / span) * 100)}%`;
 	const body = rows.map(row => {
-		const bar = el("i", { class: row.kind }), track = el("div", { class: "track" }, bar);
-		bar.style.left = part(row.from);
-		bar.style.width = part(row.to - row.from);
-		if (first != null) {
-			const mark = el("i", { class: "first" });
-			mark.style.left = part(first);
-			track.append(mark);
-		}
-		return el("div", { class: "fall", role: "listitem" }, el("span", { class: "what" }, el("b", { text: row.label }), ` ${row.note}`), track,
+		const bar = el("i", { class: row.kind, style: `left: ${part(row.from)}; width: ${part(row.to - row.from)}` });
+		const mark = first == null ? null : el("i", { class: "first", style: `left: ${part(first)}` });
+		return el("div", { class: "fall", role: "listitem" }, el("span", { class: "what" }, el("b", { text: row.label }), ` ${row.note}`), el("div", { class: "track" }, bar, mark),
 			el("span", { class: "took", text: duration(row.to - row.from) }));
 	});
 	const scale = [0, 0.25, 0.5, 0.75, 1].map(at => el("span", { text: at ? duration(at * span) : "0" }));

@@ -23,11 +23,7 @@ function upTo(list, limit, name) {
 }
 
 // A time in the queue, with the reasons that became known, or in a row: what was found in the cache, what ran when.
-class Part {
-	constructor(from, what) {
-		Object.assign(this, { from, to: null, row: -1, reasons: [], steps: [] }, what);
-	}
-}
+const makePart = (from, what) => ({ from, to: null, row: -1, reasons: [], steps: [], ...what });
 
 class Life {
 	constructor({ id, choice, time }) {
@@ -45,11 +41,11 @@ class Life {
 		if (kind === "finished") Object.assign(this, { left: time, reason: detail, numOutputs: tokens });
 		else if (kind === "admitted") {
 			this.prompt ||= tokens;
-			this.parts.push(new Part(time, { row, cached, target: tokens, computed: cached }));
+			this.parts.push(makePart(time, { row, cached, target: tokens, computed: cached }));
 		} else {
 			if (kind === "arrived") Object.assign(this, { arrived: true, prompt: tokens });
 			if (kind === "preempted") this.lost.push({ time, step, tokens });
-			this.parts.push(new Part(time, { reasons: kind === "waits" ? reasons : [{ time, reason: kind === "arrived" ? "behind others in the queue" : kind }] }));
+			this.parts.push(makePart(time, { reasons: kind === "waits" ? reasons : [{ time, reason: kind === "arrived" ? "behind others in the queue" : kind }] }));
 		}
 	}
 
@@ -57,7 +53,7 @@ class Life {
 	step(step, tokens, sampled, gaps) {
 		const stay = this.parts.at(-1), prefill = Math.max(0, Math.min(tokens, stay.target - stay.computed)), last = this.outputs.at(-1);
 		stay.computed += tokens;
-		stay.steps.push({ end: step.end, step, prefill, after: stay.computed });
+		stay.steps.push({ end: step.end, step, prefill, sampled, after: stay.computed });
 		if (sampled) {
 			if (last) gaps.push({ time: step.end, gap: step.end - last.time });
 			this.outputs.push({ time: step.end });
@@ -162,13 +158,14 @@ export class Run {
 
 	#choice(life) {
 		const end = Math.min(life.left, this.end), at = time => time - life.from, parts = life.parts.map(part => ({ ...part, to: part.to ?? end }));
-		const stays = parts.filter(part => part.row >= 0), ran = stays.flatMap(part => part.steps.filter(each => each.prefill));
+		const stays = parts.filter(part => part.row >= 0), ran = stays.flatMap(({ to, steps }) => steps.filter(each => each.prefill)
+			.map(each => ({ ...each, from: Math.min(each.step.execute, to), to: each.sampled ? each.end : Math.min(each.end, to) })));
 		const waits = parts.filter(part => part.row < 0).map(({ from, to }) => ({ at_s: at(from), seconds: to - from, reasons: this.#reasons(from, to) }));
 		const times = life.outputs.map(({ time }) => at(time)), gaps = ascending(times.slice(1).map((time, i) => time - times[i]));
 		const choice = {
 			state: life.left <= this.end ? "finished" : "running", prompt_tokens: life.prompt, output_tokens: life.numOutputs ?? times.length, finish_reason: life.reason, seconds: at(end),
 			waits, queued_s: waits[0]?.seconds, cached_tokens: stays[0]?.cached, preemptions: life.lost, tokens: { at_s: times },
-			chunks: { step: ran.map(each => each.step.step), num_tokens: ran.map(each => each.prefill), at_s: ran.map(({ step }) => at(step.start)), seconds: ran.map(({ step }) => step.end - step.start) },
+			chunks: { step: ran.map(each => each.step.step), num_tokens: ran.map(each => each.prefill), at_s: ran.map(({ from }) => at(from)), seconds: ran.map(({ from, to }) => to - from) },
 			time_to_first_token_s: life.arrived ? times[0] : null, inter_token_s: gaps.length ? { p50: quantile(gaps, 0.5), p99: quantile(gaps, 0.99) } : null,
 		};
 		const tokens = n => some(n, "token"), listed = (reasons, all = Object.entries(reasons)) => all.map(([why, s]) => (all.length > 1 ? `${duration(s)} ` : "") + why).join(", ");

@@ -110,7 +110,8 @@ def measured_steps(recording: Recording) -> list[MeasuredStep]:
     """Return the steps of a recording with the time until the next began, or where nothing was left to run, until
     their news was ready and as long after it as usual.
 
-    Steps with rows whose beginning is not in the recording are left out.
+    A step that was scheduled while another ran begins when that one was over. Steps with rows whose beginning is not in
+    the recording are left out.
     """
     admitted: dict[int, list[tuple[int, int]]] = {}
     for event in recording.ring.events:
@@ -126,15 +127,17 @@ def measured_steps(recording: Recording) -> list[MeasuredStep]:
         pairs = [(count, computed.get(row, 0) + count) for row, count in zip(rows, counts, strict=True)]
         works.append(StepWork.of(pairs, len(step.sampled)) if known else None)
         computed |= {row: end for row, (_, end) in zip(rows, pairs, strict=True) if row in computed}
+    ends_s = [0.0, *(step.end_s for step in steps)]
+    begin_s = [max(step.start_s, before_s) for step, before_s in zip(steps, ends_s, strict=False)]
     after: list[float | None] = []
-    for step, following in zip(steps, [*steps[1:], None], strict=False):
+    for place, (step, following) in enumerate(zip(steps, [*steps[1:], None], strict=False)):
         new = {row for row, _ in admitted.get(following.step, ())} if following else set()
         goes_on = following is not None and set(following.rows.tolist()) & set(step.rows.tolist()) - new
-        after.append(following.start_s - step.end_s if following is not None and goes_on else None)
+        after.append(begin_s[place + 1] - step.end_s if goes_on else None)
     usual = float(np.median([each for each in after if each is not None] or [0.0]))
     return [
-        MeasuredStep(work, step.end_s - step.start_s + (usual if gap is None else gap))
-        for step, work, gap in zip(steps, works, after, strict=True)
+        MeasuredStep(work, step.end_s - begin + (usual if gap is None else gap))
+        for step, work, begin, gap in zip(steps, works, begin_s, after, strict=True)
         if work is not None
     ]
 

@@ -75,6 +75,23 @@ def test_what_comes_after_a_step_counts_also_where_nothing_follows(tmp_path: Pat
     assert [step.seconds for step in found] == pytest.approx([step.seconds for step in expected], abs=3e-6)
 
 
+def test_steps_that_overlap_take_what_they_add(tmp_path: Path) -> None:
+    """The same run, each step handed out as soon as the one before it had begun."""
+    record(tmp_path / "run.json")
+    whole = recording.loads((tmp_path / "run.json").read_bytes())
+    overlapped = EventRing(100_000, 10_000)
+    for event in whole.ring.events:
+        overlapped.on_request(event)
+    num_moved, before = 0, whole.ring.steps[0]
+    for step in whole.ring.steps:
+        follows = step.start_s == before.end_s
+        overlapped.on_step(step._replace(start_s=before.start_s, execute_s=before.start_s) if follows else step)
+        num_moved, before = num_moved + follows, step
+    found, expected = measured_steps(whole._replace(ring=overlapped)), measured_steps(whole)
+    assert num_moved > 100
+    assert [step.seconds for step in found] == pytest.approx([step.seconds for step in expected], abs=3e-6)
+
+
 def test_a_fit_is_the_least_squares_one_without_negative_parts() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
