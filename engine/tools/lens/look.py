@@ -119,7 +119,8 @@ def look(
     with kernels.use_backend(own := llm.engine.resolved.backend):
         output, watch = run.generate(prompt_ids, params, first)
         text = prompt_ids + output.token_ids
-        stop = min(watch.num_positions, len(text))
+        # Where steps overlap, the last token may have been run before it was known to be the last.
+        stop = min(watch.num_positions, max(len(prompt_ids), len(text) - 1))
         next_ids = np.array([*text[first + 1 : stop + 1], -1][: stop - first], dtype=np.int64)
         is_output = np.arange(first, stop) >= len(prompt_ids) - 1
         views, answer_ids = run.read(watch, stop, next_ids, np.where(is_output, next_ids, -1))

@@ -1,7 +1,7 @@
 """This module holds the watch over a runner's decoder: it keeps what passes. It does not know what is made of it.
 
-The engine runs as it always does, in its own chunks and steps; the watch stands where the decoder stands and asks it
-for every layer's hidden state, so nothing is run a second time and prompts are seen like outputs.
+The engine runs in its own chunks and steps, op by op; the watch stands where the decoder stands and asks it for every
+layer's hidden state, so nothing is run a second time and prompts are seen like outputs.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 from octavo.kernels import dispatch
@@ -59,7 +60,7 @@ _PROJECTIONS: Final = {"gate_up": "up", "lm_head": "head"}
 
 @contextmanager
 def attached(llm: LLM, spans: Spans) -> Iterator[list[SchedulerOutput]]:
-    """Time the parts of every step that this engine runs until the end of the `with` statement.
+    """Time the parts of every step that this engine runs until the end of the `with` statement, one after the other.
 
     Nothing else may run an engine in this process meanwhile.
 
@@ -93,6 +94,8 @@ def attached(llm: LLM, spans: Spans) -> Iterator[list[SchedulerOutput]]:
     ]
     with ExitStack() as stack:
         stack.enter_context(_replaced(runner, "graphs", None))  # a captured step has no parts to look at
+        # Of two steps at once nobody could say which one took the time.
+        stack.enter_context(_replaced(scheduler, "limits", replace(scheduler.limits, max_steps_in_flight=1)))
         stack.enter_context(_replaced(scheduler, "schedule", spans.wrap("schedule", noted)))
         for owner, name, part in methods:
             stack.enter_context(_replaced(owner, name, spans.wrap(part, getattr(owner, name))))

@@ -118,6 +118,16 @@ def test_steps_say_what_they_had_to_do(document: dict[str, Any]) -> None:
     assert all(step["seconds"] > 0 for step in document["steps"])
 
 
+def test_steps_that_would_overlap_are_run_one_by_one(tmp_path: Path) -> None:
+    llm = LLM(str(make_tiny_llama(tmp_path)), device="cpu", backend="torch", overlap=True, graphs=True, **SETTINGS)
+    expected = tokens_of(llm)
+    profile = StepProfile(llm, Load((1,), INPUT, OUTPUT))
+    assert sum(1 for _ in profile.run_round()) == OUTPUT
+    assert [step["num_tokens"] for step in profile.document()["steps"]] == [INPUT] + [1] * (OUTPUT - 1)
+    assert llm.engine.core.scheduler.limits.max_steps_in_flight == 2
+    assert tokens_of(llm) == expected
+
+
 def test_a_simulation_can_be_fitted_to_the_steps(document: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "profile.json").write_text(json.dumps(document))
     cost = read_cost(tmp_path / "profile.json")
