@@ -20,6 +20,7 @@ from .messages import (
     EngineInfo,
     FromEngine,
     Heartbeat,
+    LogLine,
     News,
     PhaseBegan,
     Ready,
@@ -130,6 +131,8 @@ class EngineLink(ABC):
         match message:
             case News() | Heartbeat() | Reply():
                 self._on_message(message)
+            case LogLine():
+                logging.getLogger(message.logger).log(message.level, "%s", message.text)
             case PhaseBegan():
                 if self._on_phase is not None:
                     self._on_phase(message.name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ from .messages import (
     FromEngine,
     Heartbeat,
     Hello,
+    LogLine,
     PhaseBegan,
     Ready,
     StartFailed,
@@ -86,6 +88,17 @@ class _Pipe:
                     yield to_engine(content)
 
 
+class _FrontLog(logging.Handler):
+    """Lets the front log what is logged here, as it logs everything."""
+
+    def __init__(self, pipe: _Pipe) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._pipe.send(LogLine(record.name, record.levelno, record.getMessage()))
+
+
 def main() -> NoReturn:
     """Run the engine that the first message asks for, and leave with status 0 if it was told to."""
     descriptor, parent = map(int, sys.argv[1:])
@@ -111,6 +124,9 @@ def main() -> NoReturn:
 
 def _serve(hello: Hello, inbox: Inbox, pipe: _Pipe) -> None:
     log = EventLog()
+    logger = logging.getLogger("octavo")
+    logger.addHandler(_FrontLog(pipe))
+    logger.setLevel(logging.INFO)
     try:
         engine = find_factory(hello.factory)(
             hello.config,
@@ -125,7 +141,7 @@ def _serve(hello: Hello, inbox: Inbox, pipe: _Pipe) -> None:
         pipe.send(failed)
         _leave(1)
     parts = engine.tokenizer.parts() if engine.tokenizer is not None else None
-    # What has been imported stays: walking over it in search of garbage would stop every request for a tenth of a second.
+    # What has been imported stays: walking over it in search of garbage would stop every request for 0.1 s.
     gc.collect()
     gc.freeze()
     pipe.send(Ready(engine_info(engine, os.getpid()), parts))

@@ -35,6 +35,7 @@ __all__ = [
     "FromEngine",
     "Heartbeat",
     "Hello",
+    "LogLine",
     "News",
     "PhaseBegan",
     "Ready",
@@ -186,6 +187,14 @@ class Heartbeat(_Message):
     """When the last step ended, or work began after none, as `time_s` on the monotonic clock; None: nothing to do."""
 
 
+class LogLine(_Message):
+    """A line for the front's log, which nobody would see in the engine's own process."""
+
+    logger: str
+    level: int
+    text: str
+
+
 class Reply(_Message):
     """The answer to a `Call`."""
 
@@ -199,7 +208,7 @@ class Died(_Message):
     reason: str
 
 
-FromEngine = PhaseBegan | WeightsRead | Ready | StartFailed | News | Heartbeat | Reply | Died
+FromEngine = PhaseBegan | WeightsRead | Ready | StartFailed | News | Heartbeat | LogLine | Reply | Died
 
 
 @dataclass(frozen=True, slots=True)

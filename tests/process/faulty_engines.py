@@ -6,6 +6,7 @@ It is imported in the engine's process, too, by its bare name: `conftest.py` put
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import signal
@@ -69,6 +70,12 @@ def faulty_engine(config: EngineConfig, **options: Any) -> Engine:
     engine = fake_engine(config, **options)
     engine.core.runner = FaultyRunner(engine.core.runner)  # type: ignore[arg-type]
     return engine
+
+
+def talking_engine(config: EngineConfig, **options: Any) -> Engine:
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+        logging.getLogger("octavo.engine").log(level, "a line of %s", logging.getLevelName(level))
+    return fake_engine(config, **options)
 
 
 def wrong_setting(config: EngineConfig, **options: Any) -> Engine:

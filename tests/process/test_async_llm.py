@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,21 @@ def test_the_default_of_max_tokens_is_the_callers() -> None:
         await llm.shutdown()
 
     run(main())
+
+
+@BOTH
+def test_what_the_engine_logs_is_in_the_callers_log(in_process: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "octavo")
+
+    async def main() -> None:
+        llm = await start(in_process, factory="faulty_engines:talking_engine")
+        await llm.shutdown()
+
+    run(main())
+    lines = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert [line for line in lines if "a line" in line[2]] == [
+        ("octavo.engine", level, f"a line of {level}") for level in ("INFO", "WARNING")
+    ]
 
 
 @BOTH

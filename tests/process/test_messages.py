@@ -23,6 +23,7 @@ from octavo.engine.process.messages import (
     Frames,
     Heartbeat,
     Hello,
+    LogLine,
     News,
     PhaseBegan,
     Ready,
@@ -80,6 +81,7 @@ def from_engine_messages() -> list[Any]:
         Ready(engine_info(engine, 5), engine.tokenizer.parts()),
         StartFailed("ConfigError", ["no"]),
         Heartbeat(1.0, None),
+        LogLine("octavo.engine", 20, "a line"),
         Died("reason"),
     ]
 
