@@ -210,8 +210,12 @@ def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Re
     )
     if (hardware.device, dtype, layout) == ("cpu", "float32", "packed") and copies_tied_head(model):
         needs = replace(needs, weights=needs.weights + model.vocab_size * model.hidden_size * DTYPE_BYTES[dtype])
+    overlap = hardware.device == "cuda" if config.scheduler.overlap is None else config.scheduler.overlap
     if (graphs := _graphs(config, hardware, backend)) and hardware.device == "cuda":
         needs = replace(needs, graphs=graph_bytes(model, dtype, num_seqs=max_num_seqs))
+    for name, given, now in (("overlap", config.scheduler.overlap, overlap), ("graphs", config.graphs, graphs)):
+        if given is None and hardware.device == "cuda":
+            choices.append(Choice(name, str(now).lower(), "default on a GPU"))
     num_blocks = _num_blocks(config, hardware, needs, max_num_seqs, max_model_len, choices)
     if num_blocks * block_size < max_model_len:
         if config.scheduler.max_model_len is not None:
@@ -241,7 +245,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Re
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        overlap=hardware.device == "cuda" if config.scheduler.overlap is None else config.scheduler.overlap,
+        overlap=overlap,
         weight_layout=layout,
         weight_bytes=needs.weights,
         kv_bytes_per_token=needs.kv_token,
@@ -257,9 +261,8 @@ def _step_limits(config: EngineConfig, hardware: Hardware, choices: list[Choice]
     max_num_batched_tokens = config.scheduler.max_num_batched_tokens
     if max_num_batched_tokens is None:
         max_num_batched_tokens = CPU_BATCHED_TOKENS if hardware.device == "cpu" else GPU_BATCHED_TOKENS
-        choices.append(
-            Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", f"default on a {hardware.device.upper()}")
-        )
+        where = "default on a CPU" if hardware.device == "cpu" else "default on a GPU"
+        choices.append(Choice("max_num_batched_tokens", f"{max_num_batched_tokens:,}", where))
     max_num_seqs = config.scheduler.max_num_seqs
     if max_num_seqs > max_num_batched_tokens:
         max_num_seqs = max_num_batched_tokens
@@ -285,7 +288,7 @@ def _backend(config: EngineConfig, hardware: Hardware, choices: list[Choice]) ->
 def _graphs(config: EngineConfig, hardware: Hardware, backend: BackendName) -> bool:
     can_be = hardware.device == "cpu" or backend == "triton"
     if config.graphs and not can_be:
-        raise ConfigError("graphs is true and backend is torch on a GPU; allowed: false, for its ops ask the device")
+        raise ConfigError("graphs is true and backend is torch on a GPU; allowed: false: its ops wait for the GPU")
     return hardware.device == "cuda" and can_be if config.graphs is None else config.graphs
 
 

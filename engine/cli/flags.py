@@ -26,7 +26,7 @@ from .octavo_toml import read_octavo_toml
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Options", "own_options", "parameter_from_text", "with_fields", "with_flags"]
+__all__ = ["FILE_ONLY", "Options", "own_options", "parameter_from_text", "with_fields", "with_flags"]
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
@@ -212,7 +212,8 @@ def _shared_flags() -> Iterator[inspect.Parameter]:
         Path | None,
         None,
         typer.Option(
-            help="An octavo.toml with any setting, and sampling parameters under [sampling]; flags win.",
+            help=f"An octavo.toml with any setting, also those without a flag ({', '.join(FILE_ONLY)}), and sampling "
+            "parameters under [sampling]; flags win.",
             metavar="FILE",
             rich_help_panel="Other",
         ),

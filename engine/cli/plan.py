@@ -17,7 +17,7 @@ from ..config import EngineConfig, setting_names
 from ..errors import ConfigError
 from ..resolve import flags
 from .endings import FAILED, OK
-from .flags import Options, own_options
+from .flags import FILE_ONLY, Options, own_options
 from .outputs import STDOUT, write_output
 from .plan_options import PlanOptions, numbers
 from .terminal import error_line, show, stderr
@@ -110,7 +110,7 @@ def _ways_out(error: NoRoomError, config: EngineConfig) -> Iterator[str]:
 
 
 def _command(config: EngineConfig, way: Mapping[str, Any]) -> str:
-    """Return the command that serves with the user's settings and these changes."""
+    """Return the command that serves with these changes and the user's settings, as far as they have flags."""
     path = Path(config.model)
     model = config.model
     if path.suffix == ".json":
@@ -118,7 +118,8 @@ def _command(config: EngineConfig, way: Mapping[str, Any]) -> str:
     settings: dict[str, Any] = {}
     for name, part in setting_names().items():
         owner, default = (getattr(each, part) if part else each for each in (config, EngineConfig()))
-        if name not in ("model", "device") and getattr(owner, name) != getattr(default, name):
+        is_flag = name not in ("model", "device", *FILE_ONLY) and part != "faults"
+        if is_flag and getattr(owner, name) != getattr(default, name):
             settings[name] = getattr(owner, name)
     return f"octavo serve {shlex.quote(model)} {flags({**settings, **way})}"
 

@@ -172,6 +172,20 @@ def test_a_server_s_file_serves_for_a_plan(plan: Run, tmp_path: Path) -> None:
     assert json.loads(ran.out)["settings"]["max_num_seqs"] == 7
 
 
+def test_settings_of_the_file_alone_are_said_and_are_in_no_command(plan: Run, tmp_path: Path) -> None:
+    file = tmp_path / "octavo.toml"
+    file.write_text("overlap = false\ngraphs = false\nseed = 3\n[faults]\npreempt_every = 5\n")
+    found = []
+    for words in ([], ["--config", str(file)]):
+        choices = json.loads(plan(LLAMA, "--gpu", "h100", *words, "--json", "-").out)["choices"]
+        found.append({each["name"]: each["value"] for each in choices if each["name"] in ("overlap", "graphs")})
+    assert found == [{"overlap": "true", "graphs": "true"}, {}]
+    record = json.loads(plan(LLAMA, "--gpu", "3090", "--dtype", "float32", "--config", str(file), "--json", "-").out)
+    assert record["commands"]
+    for command in record["commands"]:
+        assert plan(LLAMA, "--gpu", "3090", *shlex.split(command)[3:]).status == 0, command
+
+
 def test_this_cpu_is_measured(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "READ_ROWS", 64)
     monkeypatch.setattr(cpu, "GEMM_ROWS", (8, 64))
