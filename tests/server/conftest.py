@@ -35,8 +35,9 @@ def fake() -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Iterator[Running]:
-    """Serve a tiny llama with the default settings."""
-    with serving(engine={"model": str(tiny_folder), **TINY_SETTINGS}, factory=None) as running:
+    """Serve a tiny llama as a GPU would, with overlap and graphs, which change no token: `tiny_llm` does without."""
+    as_on_a_gpu = {"overlap": True, "graphs": True}
+    with serving(engine={"model": str(tiny_folder), **TINY_SETTINGS, **as_on_a_gpu}, factory=None) as running:
         yield running
 
 

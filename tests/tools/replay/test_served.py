@@ -51,10 +51,9 @@ def talk(running: Running, user: int) -> None:
         text = f"{text}{answer.choices[0].text[-20:]} and "
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recording of a busy server, as it was when everything was over."""
-    with serving(engine=SIZES) as running:
+def served(path: Path, *, overlap: bool) -> Path:
+    """Write the recording of a busy server, as it was when everything was over."""
+    with serving(engine=SIZES | {"overlap": overlap}) as running:
         with ThreadPoolExecutor(NUM_USERS) as pool:
             list(pool.map(lambda user: talk(running, user), range(NUM_USERS)))
         while b'"abort"' not in get(running, "/recording").body:
@@ -64,9 +63,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.raises(openai.BadRequestError):
             running.client.completions.create(model="fake", prompt="x" * 400)
         running.check_canary()
-        path = tmp_path_factory.mktemp("served") / "busy.json"
         path.write_bytes(get(running, "/recording").body)
     return path
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served(tmp_path_factory.mktemp("served") / "busy.json", overlap=False)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
@@ -76,8 +79,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_served_run_replays_to_the_same_schedule(bundle: Path) -> None:
-    recording = read_bundle(bundle)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_served_run_replays_to_the_same_schedule(bundle: Path, tmp_path: Path, overlap: bool) -> None:
+    recording = read_bundle(served(tmp_path / "overlapped.json", overlap=True) if overlap else bundle)
+    assert any(step.num_wasted_tokens for step in recording.ring.steps) == overlap
     kinds = {event.kind for event in recording.ring.events}
     assert kinds == set(EventKind), "the run was not busy enough"
     ends = {event.detail for event in recording.ring.events if event.kind == EventKind.FINISHED}
