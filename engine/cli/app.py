@@ -13,7 +13,8 @@ from .bench_offline import bench_latency, bench_throughput
 from .bench_options import BenchOptions, LatencyOptions, OpOptions, ThroughputOptions
 from .chat import chat
 from .doctor import DoctorOptions, doctor
-from .flags import with_fields, with_flags
+from .endings import WRONG_USE
+from .flags import FILE_ONLY, with_fields, with_flags
 from .generate import generate
 from .lens import lens
 from .plan import plan
@@ -25,6 +26,7 @@ from .serve import serve
 from .serve_options import ServeOptions
 from .simulate import simulate
 from .simulate_options import SimulateOptions
+from .terminal import error_line
 from .verify import verify
 from .verify_options import VerifyOptions
 
@@ -33,6 +35,16 @@ __all__ = ["app"]
 
 class GroupedCommand(TyperCommand):
     """A verb whose help never cuts a flag's name, however narrow the terminal; `rich_help_panel` names the sections."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a command line; of a setting without a flag say where it stands instead."""
+        own = {param.name for param in self.params}
+        for word in args[: args.index("--") if "--" in args else None]:
+            name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+            if word.startswith("--") and name in FILE_ONLY and name not in own and "config" in own:
+                error_line(f"{name} has no flag; write {name} = ... in octavo.toml and give --config octavo.toml")
+                raise typer.Exit(WRONG_USE)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write all sections, in the order of their first flag."""

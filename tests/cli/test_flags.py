@@ -147,6 +147,15 @@ def test_every_flag_is_explained(octavo: Run) -> None:
     assert flags.FILE_ONLY == ("seed", "graphs", "overlap")
 
 
+@pytest.mark.parametrize("words", [["--no-graphs"], ["--overlap=false"], ["--overlap", "--quiet"], ["--seed", "3"]])
+def test_settings_without_a_flag_are_named_with_their_place(octavo: Run, words: list[str]) -> None:
+    ran = octavo("serve", *words)
+    name = words[0].lstrip("-").removeprefix("no-").partition("=")[0]
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.startswith(f"error: {name} has no flag; write {name} = ... in octavo.toml and give --config")
+    assert "No such option" in octavo("serve", "--no-such-thing").err
+
+
 TOML = """\
 model = "some/model"
 invariant = true
