@@ -96,6 +96,8 @@ class Draw:
 
     def wait(self) -> SampledTokens:
         """Return what was sampled once the device is done, and remember it where later tokens depend on it."""
+        for _, _, extras in self._batch.looking_back:  # whatever comes of this, nobody waits for it any more
+            extras.num_awaited -= 1
         sampled, *others = self._copy.wait()
         token_ids, has_failed = sampled.numpy()
         failed = has_failed.astype(np.bool_) if has_failed.any() else None
@@ -117,7 +119,6 @@ class Draw:
         """Tell rows that look back their tokens; return those whose output ends with theirs."""
         ended: npt.NDArray[np.bool_] | None = None
         for at, _, extras in self._batch.looking_back:
-            extras.num_awaited -= 1
             has_token = failed is None or not failed[at]
             if has_token and extras.append(int(token_ids[at]), int(self._positions[at]), self._workers):
                 ended = np.zeros(len(token_ids), dtype=np.bool_) if ended is None else ended

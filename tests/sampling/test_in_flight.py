@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from octavo.engine.runner.sampler import Sampler
+from octavo.engine.runner.staging import HostCopy
 from octavo.engine.sampling_params import SamplingParams
 
 VOCAB_SIZE = 40
@@ -61,6 +62,23 @@ def test_a_row_that_looks_back_waits_for_its_last_token_and_nobody_else_does(loo
     assert draw.wait().token_ids[0] == 0
     assert not sampler.needs_host(ROWS)
     assert sampler.launch(logits[:1], ROWS[:1], np.array([3])).wait().token_ids[0] == 1
+
+
+def test_nobody_waits_for_a_token_after_a_wait_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row's request ends; the next step, which is out with others in it, must go on."""
+    sampler = make_sampler(SamplingParams(temperature=0), Counting())
+    logits = torch.zeros(2, VOCAB_SIZE)
+    draw = sampler.launch(logits, ROWS, np.array([2, 2]))
+
+    def interrupted(self: HostCopy) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostCopy, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            draw.wait()
+    assert not sampler.needs_host(ROWS)
+    sampler.launch(logits, ROWS, np.array([3, 3])).wait()
 
 
 def test_a_mask_is_begun_as_soon_as_its_token_is_known_and_no_sooner() -> None:
