@@ -120,7 +120,7 @@ class StepEvent(NamedTuple):
     start_s: float
     """Scheduling began."""
     execute_s: float
-    """The runner got it."""
+    """The runner got it; where steps overlap, it has the device once the step before is over."""
     update_s: float
     """Its output was there."""
     end_s: float

@@ -57,9 +57,9 @@ def replay(
 ) -> int:
     """Run a recorded schedule again, without a model, and name the first step that differs.
 
-    BUNDLE is a recording of a server (GET /recording) or a crash bundle. The scheduler and the block pool are those of
-    this version of octavo; requests come, stop and are aborted in the steps in which they did. The exit status is 1
-    where the schedule is another.
+    BUNDLE is a recording (GET /recording of a server, --recording of octavo generate) or a crash bundle. The scheduler
+    and the block pool are those of this version of octavo; requests come, stop and are aborted in the steps in which
+    they did. The exit status is 1 where the schedule is another.
     """
     from ..tools.replay import Script, read_bundle, replay
 

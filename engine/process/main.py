@@ -42,7 +42,7 @@ from .messages import (
 )
 
 SEND_BUFFER_BYTES = 1 << 20
-"""Of news that a front has not read: a dozen steps of 512 sequences."""
+"""Of news that a front has not read; a step of 512 streams is 36 KB of it."""
 RECEIVE_BYTES = 1 << 18
 _PR_SET_PDEATHSIG: Final = 1
 
