@@ -45,7 +45,8 @@ def cache_pairs(cache: Tensor) -> Tensor:
 @triton.jit
 def layer_scale(scale):
     """Return a layer's one scale, given as a number or as a tensor of one."""
-    scale = tl.to_tensor(scale)
+    # The interpreter hands numbers on as they are; `tl.to_tensor` is not there before Triton 3.7.
+    scale = scale if hasattr(scale, "dtype") else tl.full((), scale, tl.float32)
     if scale.dtype.is_ptr():
         scale = tl.load(scale).to(tl.float32)
     return scale

@@ -196,7 +196,8 @@ def _store_slot(
         if REST:
             b_rest = _int8(b_rest, b_divisor)
     elif cache.dtype.element_ty == tl.uint8:  # the bits of float8_e4m3fn
-        step = tl.to_tensor(scale)
+        # The interpreter hands numbers on as they are; `tl.to_tensor` is not there before Triton 3.7.
+        step = scale if hasattr(scale, "dtype") else tl.full((), scale, tl.float32)
         if step.dtype.is_ptr():
             step = tl.load(step).to(tl.float32)
         b_first, b_second, b_rest = _e4m3(b_first, step), _e4m3(b_second, step), _e4m3(b_rest, step)
