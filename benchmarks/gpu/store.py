@@ -114,8 +114,10 @@ class Store:
 
 
 def _what_counts(part: dict[str, Any], level: str) -> dict[str, Any]:
-    is_whole = not any(facts["status"] in ("crashed", "timed out") for facts in part["cases"].values())
+    cases = part["cases"].values()
+    lacks = any(str(facts.get("reason")).startswith("needs the package") for facts in cases)  # which may be there now
+    is_whole = not lacks and not any(facts["status"] in ("crashed", "timed out") for facts in cases)
     if (part["status"], part["level"]) == ("done", level) and is_whole:
         return part
-    cases = {name: facts for name, facts in part["cases"].items() if facts["status"] in FINAL}
-    return part | {"status": "not run", "reason": None, "cases": cases}
+    kept = {name: facts for name, facts in part["cases"].items() if facts["status"] in FINAL}
+    return part | {"status": "not run", "reason": None, "cases": kept}
