@@ -1,4 +1,4 @@
-"""Kernels use nothing of triton.language that the oldest Triton we allow lacks: a machine with a GPU may have just that."""
+"""Kernels use nothing of triton.language that the oldest Triton we allow lacks: machines with a GPU may have it."""
 
 from __future__ import annotations
 
