@@ -44,6 +44,7 @@ STYLE: Final = """
   .bars i.ours { background: var(--ours); }
   @media (max-width: 40rem) { .bars { grid-template-columns: 1fr 6rem; } .bars i { grid-column: 1 / -1; }
     svg text { font-size: 19px; } }
+  summary { overflow-wrap: anywhere; }
   details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .4rem .8rem;
     margin: .4rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
@@ -69,7 +70,7 @@ def make_table(data: Data) -> str:
         lines.append(f"{name:<12}{part['status']:<9}{part['seconds']:>7.1f} s  {text} {reason}".rstrip())
     lines += [f"  {_rate_line(name, facts)}" for name, facts in _measured(data)[:24]]
     for case, us, floor_us, share, rate in steps_table(_cases(data, "step")):
-        floor = f"{share} of it floor ({floor_us:.0f} us)" if share else ""
+        floor = f"{share} of it is the floor, {floor_us:.0f} us" if share else ""
         lines.append(f"  {case:<44}{us:>10.1f} us {rate:>9.0f} tokens/s {floor}".rstrip())
     bad = list(_bad(data))
     for section, case, facts in bad[:12]:
