@@ -370,7 +370,7 @@ class AsyncLLM:
 
     def _leave_bundle(self, folder: Path, reason: str) -> None:
         facts = {field.name: getattr(self.info, field.name) for field in fields(self.info)}
-        facts |= schedule_facts(self.info.config, overlap=self.info.overlap)
+        facts |= schedule_facts(self.info.config, overlap=self.info.overlap) | {"model": Path(self.info.model).name}
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = write_bundle(folder, self.ring, facts, reason)

@@ -14,6 +14,7 @@ from octavo.engine.errors import ConfigError, EngineDeadError, RequestError
 from octavo.engine.events import EventKind, RequestEvent, StepEvent
 from octavo.engine.llm import LLM
 from octavo.engine.step import FinishReason
+from octavo.engine.tools.replay import read_bundle
 
 from .conftest import BOTH, LONG, check_canary, collect, expected, run, start
 from .faulty_engines import FAULTY, NOT_FINITE, RAISE
@@ -127,6 +128,7 @@ def test_three_failed_steps_are_the_end(in_process: bool, tmp_path: Path) -> Non
         (bundle,) = (tmp_path / "new").iterdir()
         assert bundle.stat().st_mode & 0o777 == 0o600
         assert "3 steps failed" in bundle.read_text()
+        assert read_bundle(bundle).facts["model"] == "smollm2-135m"
 
     run(main())
 
