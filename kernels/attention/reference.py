@@ -8,6 +8,7 @@ would reach its neighbour), and running batched products with the `group_size` q
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,8 @@ __all__ = ["MAX_DECODE_QUERY_LEN", "paged_attention_decode", "paged_attention_pr
 MAX_DECODE_QUERY_LEN: Final = 16
 _QUERY_TILE: Final = 128
 """Query tokens that prefill scores at once: bounds the scores held in memory and skips most of the causal triangle."""
+_DENSE_ELEMENTS: Final = 1 << 20
+"""Of the keys that decode gathers at once: bounds what is held in memory, and how much of it is padding."""
 
 
 def _is_plain(
@@ -199,20 +202,42 @@ def paged_attention_decode(
                 q, k_cache, v_cache, plan, scale=scale, window=window, out=torch.empty_like(q) if out is None else out
             )
     num_tokens, num_q_heads, head_dim = q.shape
-    num_kv_heads, block_size = k_cache.shape[1:3]
     check_draft_mask(draft_mask, num_tokens)
-    dtype = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty_like(q) if out is None else out
-    lse = q.new_empty((num_tokens, num_q_heads), dtype=dtype)
-    query_lens = cu_seqlens_q.diff()
+    lse = q.new_empty((num_tokens, num_q_heads), dtype=torch.promote_types(q.dtype, torch.float32))
     query_len = _check_query_len(cu_seqlens_q)
-    if query_len == 0:
-        return (out, lse) if return_lse else out
+    for some in _groups(seq_lens, k_cache.shape[1] * head_dim) if query_len else ():
+        _decode(
+            q, k_cache, v_cache, cu_seqlens_q[:-1][some], cu_seqlens_q.diff()[some], seq_lens[some], block_table[some],
+            query_len=query_len, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, draft_mask=draft_mask,
+            k_scale=k_scale, v_scale=v_scale, out=out, lse=lse if return_lse else None,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
 
+
+def _groups(seq_lens: Tensor, elements_per_key: int) -> Iterator[Tensor]:
+    """Yield the sequences, those of similar length together, as many as may be gathered at once."""
+    lengths, order = seq_lens.sort(descending=True)
+    start = 0
+    while start < len(lengths):
+        size = max(1, _DENSE_ELEMENTS // (elements_per_key * max(1, int(lengths[start]))))
+        yield order[start : start + size]
+        start += size
+
+
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, query_lens: Tensor, seq_lens: Tensor,
+    block_table: Tensor, *, query_len: int, scale: float, window: int | None, soft_cap: float | None,
+    sinks: Tensor | None, draft_mask: Tensor | None, k_scale: Tensor | float | None, v_scale: Tensor | float | None,
+    out: Tensor, lse: Tensor | None,
+) -> None:  # fmt: skip
+    """Attend from the query rows of some sequences, which begin at `starts`, all of them padded to the longest."""
+    num_q_heads, (num_kv_heads, block_size, head_dim) = q.shape[1], k_cache.shape[1:]
+    dtype = torch.promote_types(q.dtype, torch.float32)
     # Rows are laid out as [num_seqs, query_len]; a shorter sequence repeats a row, and its result is dropped below.
     o_row = torch.arange(query_len, device=q.device)
     m_row = o_row < query_lens[:, None]
-    rows = torch.where(m_row, cu_seqlens_q[:-1, None] + o_row, 0).long()
+    rows = torch.where(m_row, starts[:, None] + o_row, 0).long()
     queries = q[rows].to(dtype).view(*rows.shape, num_kv_heads, -1, head_dim).transpose(1, 2)
 
     first = (seq_lens - query_lens).long()[:, None]  # [num_seqs, 1]: position of the first query row
@@ -237,11 +262,10 @@ def paged_attention_decode(
     values = _gather(v_cache, v_scale, blocks, dtype)
     values.view(len(seq_lens), num_kv_heads, -1, head_dim).masked_fill_(~owned[:, None, :, None], 0)
     tile, tile_lse = _attend(
-        queries, keys, values, visible, scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
+        queries, keys, values, visible, scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=lse is not None,
         may_see_nothing=draft_mask is not None or bool((first < 0).any()),
     )  # fmt: skip
     written = rows[m_row]
     out[written] = tile.transpose(1, 2).reshape(*rows.shape, num_q_heads, head_dim)[m_row].to(out.dtype)
-    if tile_lse is not None:
+    if lse is not None and tile_lse is not None:
         lse[written] = tile_lse.transpose(1, 2).reshape(*rows.shape, num_q_heads)[m_row]
-    return (out, lse) if return_lse else out

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from octavo.kernels.attention import reference
 from octavo.kernels.attention.spec import CACHE_DTYPES, lay_out_blocks, make_inputs, store
 from octavo.kernels.bounds import UNIT
+from octavo.kernels.dispatch import use_backend
 from octavo.kernels.spec import Case, OpSpec, generator, load_specs
 from torch import Tensor
 
@@ -237,10 +239,28 @@ def test_all_values_zero(backend: str, op: str, kind: str) -> None:
     assert math.isfinite(float(lse.sum()))
 
 
+@pytest.mark.parametrize("kind", CACHE_DTYPES)
+def test_a_long_sequence_makes_no_short_one_long(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend gathers sequences of similar length together: all padded to the longest may fill a machine."""
+    inputs, sizes, gather = _inputs(kind, seqs=((2, 20), (1, 700), (0, 9), (1, 33), (3, 3))), [], reference._gather
+    with use_backend("torch"):
+        together = call_lse("paged_attention_decode", inputs)
+
+        def counted(*args: Any) -> Tensor:
+            dense = gather(*args)
+            sizes.append(dense.numel())
+            return dense
+
+        monkeypatch.setattr(reference, "_gather", counted)
+        monkeypatch.setattr(reference, "_DENSE_ELEMENTS", 128 * 60)  # 60 keys of two heads
+        apart = call_lse("paged_attention_decode", inputs)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other)
+    assert sizes == [128 * keys for keys in (704, 704, 48, 48, 96, 96)]
+
+
 def test_what_the_kernels_do_not_take_is_named() -> None:
     pytest.importorskip("triton")
-    from octavo.kernels.dispatch import use_backend
-
     with use_backend("triton"):
         for op in OPS:
             with pytest.raises(ValueError, match=r"head_dim is 81; .* even"):
