@@ -16,6 +16,8 @@ TEMPLATE = (
     "{% for message in messages %}<bos>{{ message.role }}:{{ message.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
 )
+AS_ON_A_GPU = {"overlap": True, "graphs": True}
+"""What is the default there and changes no token."""
 TINY_SETTINGS = {"invariant": True, "device": "cpu", "block_size": 16, "kv_cache_tokens": 16384, "max_num_seqs": 16}
 
 
@@ -35,9 +37,8 @@ def fake() -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Iterator[Running]:
-    """Serve a tiny llama as a GPU would, with overlap and graphs, which change no token: `tiny_llm` does without."""
-    as_on_a_gpu = {"overlap": True, "graphs": True}
-    with serving(engine={"model": str(tiny_folder), **TINY_SETTINGS, **as_on_a_gpu}, factory=None) as running:
+    """Serve a tiny llama as a GPU would; `tiny_llm` does without overlap and graphs."""
+    with serving(engine={"model": str(tiny_folder), **TINY_SETTINGS, **AS_ON_A_GPU}, factory=None) as running:
         yield running
 
 

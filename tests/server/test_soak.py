@@ -17,18 +17,19 @@ import psutil
 import pytest
 from octavo.engine.step import FinishReason
 
-from .conftest import TINY_SETTINGS
+from .conftest import AS_ON_A_GPU, TINY_SETTINGS
 from .soak import GATHERING_ENGINE, MOMENTS, PACED_ENGINE, WAIT_S, Client, Served, get, served
 from .soak_cases import BAD, Case, fake_case, long_case, tiny_cases
 
-FAKE = {"model": "fake", "block_size": 16, "max_model_len": 1024}
+FAKE = {"model": "fake", "block_size": 16, "max_model_len": 1024, "overlap": True}
 MANY = FAKE | {"kv_cache_tokens": 1 << 19, "max_num_batched_tokens": 8192}
 CHUNKED = FAKE | {"max_num_seqs": 64, "kv_cache_tokens": 1 << 13, "max_num_batched_tokens": 96, "max_model_len": 2048}
 """Prompts run in several steps."""
 LONG = 1400
 """Tokens that are not done within the time in which nothing may be left of who has left."""
 SMALL = FAKE | {"max_num_seqs": 128, "kv_cache_tokens": 1 << 11, "max_num_batched_tokens": 256, "preempt_every": 7}
-TINY = TINY_SETTINGS | {"max_num_seqs": 64, "kv_cache_tokens": 3 << 9, "max_model_len": 512, "preempt_every": 7}
+CROWDED = {"max_num_seqs": 64, "kv_cache_tokens": 3 << 9, "max_model_len": 512, "preempt_every": 7}
+TINY = TINY_SETTINGS | AS_ON_A_GPU | CROWDED
 """Pools that a tenth of the clients fills."""
 IMPATIENT = {"body_bytes": 1 << 16, "header_s": 3.0, "body_s": 3.0, "unread_events": 32}
 STALL_S = 5.0
