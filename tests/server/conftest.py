@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from octavo.engine.llm import LLM
@@ -46,3 +47,20 @@ def tiny(tiny_folder: Path) -> Iterator[Running]:
 def tiny_llm(tiny_folder: Path) -> LLM:
     """The same llama without a server."""
     return LLM(str(tiny_folder), **TINY_SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from .browsing import launched  # playwright takes its time to be imported
+
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Any]:
+    """See `browsing.visiting`."""
+    from .browsing import visiting
+
+    with visiting(browser) as visit:
+        yield visit
