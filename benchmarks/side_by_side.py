@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import peers.engine_runs as runs
 import torch
-from gpu.lines import Lines, NotRunError
+from gpu.lines import Lines, NotRunError, StartError
 from gpu.models import find
 from octavo.engine.errors import CapacityError, ConfigError
 from octavo.engine.loader import resolve_model
@@ -74,20 +74,15 @@ class Engines:
     def __init__(self, workload: Workload, checkpoint: Any) -> None:
         self.workload, self._checkpoint = workload, checkpoint
         self._ours: OctavoRuns | None = None
-        self._has_failed = False
         self._others: dict[str, EngineRuns] = {}
         self.reasons: dict[str, str] = {}
         """Why a peer takes no part."""
 
     @property
     def ours(self) -> OctavoRuns:
-        """Our engine; where it has failed to start it is not tried again for every case."""
-        if self._has_failed:
-            raise NotRunError("our engine has not started before")
+        """Our engine."""
         if self._ours is None:
-            self._has_failed = True
             self._ours = OctavoRuns(self.workload)
-            self._has_failed = False
         return self._ours
 
     def others(self) -> dict[str, EngineRuns]:
@@ -342,9 +337,12 @@ def main() -> None:
 
         def told(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             try:
-                facts = measure()
+                _ = engines.ours
             except (CapacityError, ConfigError) as error:
                 raise NotRunError(str(error)) from error
+            except Exception as error:
+                raise StartError(cases) from error
+            facts = measure()
             if not facts["beside"]:
                 raise NotRunError("there is nothing to compare with")
             print(line(name, facts), file=sys.stderr, flush=True)

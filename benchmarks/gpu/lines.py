@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["POISONED", "Lines", "NotRunError", "missing_package"]
+__all__ = ["POISONED", "Lines", "NotRunError", "StartError", "missing_package"]
 
 POISONED = 70
 """Exit status of a process that an error has left without the use of its GPU: the cases left want a fresh one."""
@@ -32,12 +32,24 @@ class NotRunError(Exception):
     """A case that cannot be run here; says why."""
 
 
+class StartError(Exception):
+    """What cases share does not start: to try it again for each of them would take minutes.
+
+    Args:
+        cases: the names of all that share it.
+    """
+
+    def __init__(self, cases: Iterable[str]) -> None:
+        super().__init__("what this case runs on does not start")
+        self.cases = frozenset(cases)
+
+
 class Lines:
     """Writes a case's beginning and its outcome: a dictionary with a `status`."""
 
     def __init__(self, path: Path | None, skip: Iterable[str] = ()) -> None:
         self._file = path.open("a", encoding="utf-8") if path else sys.stdout
-        self._skip = frozenset(skip)
+        self._skip, self._left = frozenset(skip), set[str]()
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,12 +70,16 @@ class Lines:
     def plan(self, names: Iterable[str]) -> list[str]:
         """Say which cases there will be; return those that are not to be left out."""
         left = [name for name in names if name not in self._skip]
+        self._left = set(left)
         self.write(plan=left)
         return left
 
     def run(self, cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
         """Run each case and write what it returns; its exceptions are its outcome."""
+        left_out: set[str] = set()
         for name in self.plan(cases):
+            if name in left_out:
+                continue
             self.write(case=name, status="started")
             try:
                 facts = {"status": "passed"} | cases[name]()
@@ -75,7 +91,12 @@ class Lines:
                 facts = {"status": "failed", "reason": traceback.format_exc(limit=-6)}
                 if type(error).__name__ == "OutOfMemoryError":  # torch's; without importing it here
                     facts = {"status": "not run", "reason": f"out of GPU memory: {error}"}
+                if isinstance(error, StartError):
+                    left_out |= error.cases - {name}
             self.write(case=name, **facts)
+            for other in left_out & self._left:
+                self.write(case=other, status="not run", reason=f"what it runs on did not start for {name}")
+            self._left -= {name, *left_out}
             if is_poisoned():
                 sys.exit(POISONED)
 

@@ -29,7 +29,7 @@ from octavo.engine.errors import CapacityError, ConfigError
 from octavo.engine.tools.roofline import StepWork
 
 from .floors import Floor, measured_gpu, step_floors
-from .lines import Lines, NotRunError
+from .lines import Lines, NotRunError, StartError
 from .models import find
 
 __all__ = ["CASES", "VARIANTS", "Engine", "Size", "measure", "take_apart"]
@@ -105,30 +105,24 @@ class Engine:
         self._name, self._sizes, self._settings = name, sizes, settings
         self._way: dict[str, Any] | None = None
         self._llm: LLM | None = None
-        self._failed: list[dict[str, Any]] = []
-        """Ways in which it did not start: to try each again for every size would take minutes."""
 
     def get(self, way: Mapping[str, Any]) -> LLM:
         """Return the engine that runs this way.
 
         Raises:
-            NotRunError: it lacks a setting, or memory, or refuses, or has failed before.
+            NotRunError: it lacks a setting, or memory, or refuses.
         """
         names = setting_names()
         way = {name: value for name, value in way.items() if name in names or value is not False}  # not there: off
         missing = way.keys() - names.keys()
         if missing:
             raise NotRunError(f"this engine has no setting {', '.join(sorted(missing))}")
-        if way in self._failed:
-            raise NotRunError("it has not started this way before")
         if self._llm is None or way != self._way:
             self.close()
-            self._failed.append(way)
             try:
                 self._llm, self._way = self._start(way), way
             except (CapacityError, ConfigError) as error:
                 raise NotRunError(str(error)) from error
-            self._failed.remove(way)
         return self._llm
 
     def _start(self, way: Mapping[str, Any]) -> LLM:
@@ -297,15 +291,29 @@ def make_cases(
     """Return the cases of one model: way by way, as an engine is started for each, the parts with the eager one."""
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
     for name, way in ways.items():
-        for size in sizes:
-            cases[f"{model}/{size}/{name}"] = partial(_run, measure, engine, way, size, ceilings)
-        for size in sizes if way == VARIANTS["eager"] else ():
-            cases[f"{model}/{size}/parts"] = partial(_run, take_apart, engine, way, size, ceilings)
+        measures: dict[str, Any] = {name: measure} | ({"parts": take_apart} if way == VARIANTS["eager"] else {})
+        sharing = [f"{model}/{size}/{what}" for what in measures for size in sizes]
+        for what, how in measures.items():
+            for size in sizes:
+                cases[f"{model}/{size}/{what}"] = partial(_run, how, engine, way, size, ceilings, sharing)
     return cases
 
 
-def _run(how: Any, engine: Engine, way: Mapping[str, Any], size: Size, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    found: dict[str, Any] = how(engine.get(way), size, ceilings)
+def _run(
+    how: Any,
+    engine: Engine,
+    way: Mapping[str, Any],
+    size: Size,
+    ceilings: Mapping[str, float],
+    sharing: list[str],
+) -> dict[str, Any]:
+    try:
+        llm = engine.get(way)
+    except NotRunError:
+        raise
+    except Exception as error:
+        raise StartError(sharing) from error
+    found: dict[str, Any] = how(llm, size, ceilings)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from octavo.engine.config import setting_names
+from octavo.engine.errors import ConfigError
 from octavo.engine.footprint import kv_bytes_per_token, num_weights
 from octavo.engine.tools.gpus import find_gpu
 from octavo.engine.tools.plan import read_model
@@ -120,18 +121,27 @@ def test_a_setting_that_is_not_there_is_said(small_steps: None) -> None:
 
 
 def test_a_way_that_does_not_start_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = steps.Engine("tiny", (steps.Size(1, 8),), device="cpu", dtype="float32")
-    asked = []
+    sizes = (steps.Size(1, 8), steps.Size(2, 8))
+    asked: list[Any] = []
+    told: list[Any] = []
 
     def start(_: Any, way: dict[str, Any]) -> Any:
         asked.append(way)
-        raise RuntimeError("planted")
+        if way["graphs"]:
+            raise RuntimeError("planted")
+        raise ConfigError("refused")
 
     monkeypatch.setattr(steps.Engine, "_start", start)
-    for way, error in (("graphs", "planted"), ("graphs", "has not started this way"), ("overlap", "planted")):
-        with pytest.raises((RuntimeError, lines.NotRunError), match=error):
-            engine.get({way: True})
-    assert asked == [{"graphs": True}, {"overlap": True}]
+    monkeypatch.setattr(lines.Lines, "write", lambda _, **line: told.append(line))
+    engine = steps.Engine("tiny", sizes, device="cpu", dtype="float32")
+    lines.Lines(None).run(steps.make_cases(engine, "tiny", sizes, steps.VARIANTS, {}))
+    ended = {line["case"]: line["status"] for line in told if line.get("status", "started") != "started"}
+    assert [name for name, status in ended.items() if status == "failed"] == [
+        "tiny/1x8/graphs and overlap",
+        "tiny/1x8/graphs",
+    ]
+    assert len(ended) == 10
+    assert [way["graphs"] for way in asked].count(True) == 2
 
 
 @pytest.mark.parametrize(("dtype", "bytes_per_head"), [("auto", 16 * 4), ("int8", 16 + 4), ("fp8", 16)])
@@ -207,16 +217,6 @@ def test_an_engine_that_disagrees_is_not_reported(engines: Any, num_tokens: int 
     assert reason in found["beside"]["wrong"]["reason"]
     assert "tokens_per_s" not in found["beside"]["wrong"]
     assert found["tokens_per_s"] > 0
-
-
-def test_our_engine_is_started_once(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(_: Any) -> Any:
-        raise RuntimeError("planted")
-
-    monkeypatch.setattr(side, "OctavoRuns", start)
-    for error in ("planted", "has not started before"):
-        with pytest.raises((RuntimeError, lines.NotRunError), match=error):
-            side.offline(engines, SCALE, 320)
 
 
 def test_an_engine_that_fails_costs_only_itself(engines: Any) -> None:
