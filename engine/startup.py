@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .events import Recorder
 from .hardware import detect, free_gpu_bytes, is_out_of_memory, peak_gpu_bytes
 from .memory import Measured, as_measured, out_of_memory, resize
-from .resolve import Hardware, ResolvedConfig, gib, resolve
+from .resolve import Choice, Hardware, ResolvedConfig, gib, resolve
 from .scheduler import Scheduler, SchedulerLimits
 from .structured import GrammarCompiler
 from .text.tokenizer import Tokenizer
@@ -335,7 +335,11 @@ def _capture_graphs(plan: _Plan, runner: ModelRunner, phase: _Phases) -> _Plan:
         return plan
     with phase(name := "capture the graphs"):
         phase.detail = runner.capture_graphs(phase.progress(name), required=plan.config.graphs is True)
-    return replace(plan, resolved=replace(plan.resolved, graphs=runner.graphs is not None))
+    if runner.graphs is not None:
+        return plan
+    others = (choice for choice in plan.resolved.choices if choice.name != "graphs")
+    choices = (*others, Choice("graphs", "false", "none could be captured"))
+    return replace(plan, resolved=replace(plan.resolved, graphs=False, choices=choices))
 
 
 def _stored(resolved: ResolvedConfig, checkpoint: Checkpoint) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from octavo.engine import hardware
+from octavo.engine import hardware, startup
 from octavo.engine.config import EngineConfig, ModelConfig
 from octavo.engine.errors import ConfigError
 from octavo.engine.resolve import Hardware, ResolvedConfig, resolve
@@ -113,6 +113,33 @@ def test_the_backend_follows_the_device_unless_it_is_named(machine: Hardware, ba
     assert settle(machine).backend == backend
     for named in ("torch", "triton"):
         assert settle(machine, backend=named).backend == named
+
+
+def test_what_is_the_default_on_a_gpu_is_said_and_what_was_found_there() -> None:
+    """Of graphs that cannot be captured it is known only at the end of the start."""
+
+    def said(resolved: ResolvedConfig) -> dict[str, tuple[str, str]]:
+        return {each.name: (each.value, each.reason) for each in resolved.choices if each.name in ("overlap", "graphs")}
+
+    class Runner:
+        graphs: object = object()
+
+        def capture_graphs(self, _on_progress: object, *, required: bool) -> str:
+            assert not required
+            self.graphs = None if self.fails else self.graphs
+            return "none: why"
+
+        def __init__(self, *, fails: bool) -> None:
+            self.fails = fails
+
+    usual = ("true", "default on a GPU")
+    assert said(settle(GPU)) == {"overlap": usual, "graphs": usual}
+    assert said(settle(GPU, overlap=False, graphs=True)) == said(settle(CPU)) == {}
+    for fails, graphs in ((False, usual), (True, ("false", "none could be captured"))):
+        plan: Any = startup._Plan(EngineConfig(), cast(Any, None), GPU, settle(GPU))
+        found = startup._capture_graphs(plan, cast(Any, Runner(fails=fails)), startup._Phases(None)).resolved
+        assert found.graphs is not fails
+        assert said(found) == {"overlap": usual, "graphs": graphs}
 
 
 def test_block_sizes_that_the_kernels_do_not_take_are_refused() -> None:
