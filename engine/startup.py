@@ -331,7 +331,7 @@ def _allocate(plan: _Plan, make_runner: MakeRunner, phase: _Phases) -> ModelRunn
 
 def _capture_graphs(plan: _Plan, runner: ModelRunner, phase: _Phases) -> _Plan:
     """Capture, on a GPU, the graphs of all batch sizes: nobody who is served waits for one."""
-    if runner.graphs is None or plan.resolved.device != "cuda":
+    if not plan.resolved.graphs or plan.resolved.device != "cuda":
         return plan
     with phase(name := "capture the graphs"):
         phase.detail = runner.capture_graphs(phase.progress(name), required=plan.config.graphs is True)
