@@ -226,6 +226,8 @@ class EngineInfo:
     max_num_seqs: int
     max_num_batched_tokens: int
     overlap: bool
+    graphs: bool
+    kv_cache_dtype: str
     num_blocks: int
     block_size: int
     eos_token_ids: tuple[int, ...]
@@ -261,6 +263,8 @@ def engine_info(engine: Engine, pid: int) -> EngineInfo:
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         overlap=resolved.overlap,
+        graphs=resolved.graphs,
+        kv_cache_dtype=resolved.kv_cache_dtype,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
         eos_token_ids=tuple(sorted(limits.eos_token_ids)),

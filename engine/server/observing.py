@@ -166,6 +166,7 @@ def _as_file(name: str) -> tuple[str, str]:
 
 def _facts(context: Context) -> dict[str, Any]:
     info = context.llm.info
-    names = ("vocab_size", "num_layers", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
-    facts = {name: getattr(info, name) for name in (*names, "num_blocks", "block_size", "dtype", "device", "backend")}
+    sizes = ("vocab_size", "num_layers", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks")
+    names = (*sizes, "block_size", "dtype", "kv_cache_dtype", "device", "backend", "graphs")
+    facts = {name: getattr(info, name) for name in names}
     return {"model": context.model_names[0], **facts, **schedule_facts(info.config, overlap=info.overlap)}

@@ -128,7 +128,8 @@ def test_three_failed_steps_are_the_end(in_process: bool, tmp_path: Path) -> Non
         (bundle,) = (tmp_path / "new").iterdir()
         assert bundle.stat().st_mode & 0o777 == 0o600
         assert "3 steps failed" in bundle.read_text()
-        assert read_bundle(bundle).facts["model"] == "smollm2-135m"
+        facts = {"model": "smollm2-135m", "overlap": False, "graphs": False, "kv_cache_dtype": "float32"}
+        assert facts.items() <= read_bundle(bundle).facts.items()
 
     run(main())
 
