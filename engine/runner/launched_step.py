@@ -89,13 +89,13 @@ class LaunchedStep:
         self.is_done = True
         if self._error is not None:
             raise self._error
-        states = self._states.wait()
-        if self._draw is None:
-            return ModelOutput(np.empty(0, dtype=np.int32), prompt_logprobs=self._prompt_logprobs())
-        drawn = self._draw.wait()
+        drawn = None if self._draw is None else self._draw.wait()  # first: it is what the next step waits for
+        states, prompt_logprobs = self._states.wait(), self._prompt_logprobs()
+        if drawn is None:
+            return ModelOutput(np.empty(0, dtype=np.int32), prompt_logprobs=prompt_logprobs)
         self._batch.note(self._rows, self._positions, self._owners, drawn.token_ids)
         return ModelOutput(
             drawn.token_ids, failed=drawn.failed, errors=drawn.errors, ended=drawn.ended, logprobs=drawn.logprobs,
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_logprobs=prompt_logprobs,
             hidden_states={at: state.numpy() for at, state in zip(self._places, states, strict=True)},
         )  # fmt: skip

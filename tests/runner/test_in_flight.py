@@ -5,7 +5,7 @@ sampling is launched. It does not know a scheduler.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,6 +18,7 @@ from octavo.engine.runner import model_runner
 from octavo.engine.runner.input_batch import InputBatch
 from octavo.engine.runner.model_runner import ModelRunner
 from octavo.engine.runner.sampler import SampledTokens
+from octavo.engine.runner.staging import HostCopy
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import ModelOutput, SchedulerOutput
 from octavo.kernels import dispatch, use_backend
@@ -226,8 +227,9 @@ def test_an_error_belongs_to_the_step_whose_sampling_it_is(deferred: bool) -> No
     assert third.wait().token_ids.tolist() == [3]
 
 
-def test_a_sampling_that_fails_takes_no_others_along(decoder: Decoder) -> None:
-    """A row that looks back is in a step whose sampling fails, and in the next one, in which another row is new."""
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_a_step_that_fails_takes_no_others_along(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A row that looks back is in a step that fails, and in the next one, which is out and in which another is new."""
     looking_back = SamplingParams(temperature=0, logprobs=2, bad_words_token_ids=[[1, 2]])
     plan = Steps()
     steps = [
@@ -237,17 +239,19 @@ def test_a_sampling_that_fails_takes_no_others_along(decoder: Decoder) -> None:
     ]
     alone = make_runner(decoder, invariant=True).execute(Steps()({1: 20}, steps[2].new_sequences)).wait()
     runner = make_runner(decoder, invariant=True)
-    first = runner.execute(steps[0])
-    first.wait()
+    runner.execute(steps[0]).wait()
 
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("told to")
 
-    with dispatch.override("sample", fails):
+    with dispatch.override("sample", fails) if where == "launch" else nullcontext():
         second = runner.execute(steps[1])
     third = runner.execute(steps[2])
-    with pytest.raises(torch.OutOfMemoryError, match="told to"):
-        second.wait()
+    with monkeypatch.context() as patch:
+        if where == "wait":
+            patch.setattr(HostCopy, "wait", fails)
+        with pytest.raises(torch.OutOfMemoryError, match="told to"):
+            second.wait()
     output = third.wait()
     at = steps[2].rows[steps[2].sampled].tolist().index(1)
     assert (output.token_ids[at], output.logprobs[at]) == (alone.token_ids[0], alone.logprobs[0])
