@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -247,6 +249,60 @@ def test_an_engine_that_cannot_capture_runs_op_by_op(decoder: Decoder, caplog: p
     step = Steps()({0: 1, 1: 1}, sequences)
     expected = make_runner(decoder).execute(step).wait()
     assert runner.execute(step).wait().token_ids.tolist() == expected.token_ids.tolist()
+
+
+class FakeCuda:
+    """The part of `torch.cuda` that captures: what ran on which stream, and which one is in force."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.in_force = "main"
+        patch.setattr(torch.cuda, "Stream", lambda: FakeStream(self, "side"))
+        patch.setattr(torch.cuda, "current_stream", lambda: FakeStream(self, self.in_force))
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "in_force", stream.name))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.log.append("replay")))
+        patch.setattr(torch.cuda, "stream", self._on)
+        patch.setattr(torch.cuda, "graph", self._capture)
+
+    @contextmanager
+    def _on(self, stream: FakeStream) -> Iterator[None]:
+        before, self.in_force = self.in_force, stream.name
+        yield
+        self.in_force = before
+
+    @contextmanager
+    def _capture(self, graph: Any, *, pool: str, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+        before, self.in_force = self.in_force, f"capture {pool} {stream.name} {capture_error_mode}"
+        yield  # what is raised here is raised by the end of the capture, which then leaves its stream in force
+        self.in_force = before
+
+
+class FakeStream(NamedTuple):
+    cuda: FakeCuda
+    name: str
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_is_warmed_up_beside_and_leaves_the_stream_in_force(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    cuda, hidden = FakeCuda(monkeypatch), torch.zeros(2)
+
+    def run() -> torch.Tensor:
+        cuda.log.append(f"run on {cuda.in_force}")
+        if fails and cuda.in_force != "side":
+            raise RuntimeError("told to")
+        return hidden
+
+    with pytest.raises(RuntimeError, match="told to") if fails else nullcontext():
+        assert cuda_graphs._CudaCapture()(run)() is hidden
+    warm_up = ["side waits for main", "run on side", "main waits for side"]
+    assert cuda.log == [*warm_up, "run on capture pool side thread_local", *["replay"] * (not fails)]
+    assert cuda.in_force == "main"
 
 
 @pytest.mark.parametrize(
