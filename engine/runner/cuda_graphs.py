@@ -154,10 +154,8 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _captured(self, bucket: int) -> Run:
         """Capture a bucket over nothing but padding: a number of the step that wants it could only be wrong."""
-        sizes = (bucket, bucket, bucket + 1, bucket)
-        padding = [np.full(size, fill, dtype=np.int32) for size, fill in zip(sizes, (-1, 0, 0, 0), strict=True)]
-        padding[2] = np.arange(bucket + 1, dtype=np.int32)
-        inputs = self._batch.staging.upload(*padding, out=self._inputs)
+        zeros, cu_seqlens_q = np.zeros(bucket, dtype=np.int32), np.arange(bucket + 1, dtype=np.int32)
+        inputs = self._batch.staging.upload(zeros - 1, zeros, cu_seqlens_q, zeros, out=self._inputs)
         self._replays[bucket] = replay = self._capture(lambda: self._step(*inputs))
         return replay
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+from operator import ne
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.optimize
 from octavo.engine.errors import ConfigError
+from octavo.engine.events import RequestEvent, StepEvent
 from octavo.engine.observe import recording
 from octavo.engine.observe.ring import EventRing
 from octavo.engine.tools.profile.history import STEP
@@ -32,10 +36,29 @@ TRUE = LinearCost((4e-3, 3e-5, 2e-4, 1e-5, 4e-8, 1e-9))
 
 
 def record(file: Path) -> EventRing:
+    """Write the recording of a run; return what was recorded."""
     ring = EventRing(100_000, 10_000)
     Simulation(draw(80, 6.0), limits(), TRUE, recorder=ring).run()
     file.write_bytes(recording.dumps(ring, {"num_blocks": 64, "block_size": 16}))
     return ring
+
+
+def recorded(folder: Path) -> recording.Recording:
+    """Return a run's recording, read back."""
+    record(folder / "run.json")
+    return recording.loads((folder / "run.json").read_bytes())
+
+
+def told_anew(
+    whole: recording.Recording, events: Iterable[RequestEvent], steps: Iterable[StepEvent]
+) -> recording.Recording:
+    """Return a recording with other events."""
+    ring = EventRing(100_000, 10_000)
+    for event in events:
+        ring.on_request(event)
+    for step in steps:
+        ring.on_step(step)
+    return whole._replace(ring=ring)
 
 
 def test_a_fit_to_a_recording_finds_the_costs_that_made_it(tmp_path: Path) -> None:
@@ -50,45 +73,30 @@ def test_a_fit_to_a_recording_finds_the_costs_that_made_it(tmp_path: Path) -> No
 
 
 def test_steps_whose_beginning_is_not_in_a_recording_are_left_out(tmp_path: Path) -> None:
-    record(tmp_path / "run.json")
-    whole = recording.loads((tmp_path / "run.json").read_bytes())
-    late = EventRing(100_000, 10_000)
-    for event in [*whole.ring.events][100:]:
-        late.on_request(event)
-    for step in whole.ring.steps:
-        late.on_step(step)
-    found = measured_steps(whole._replace(ring=late))
+    whole = recorded(tmp_path)
+    found = measured_steps(told_anew(whole, [*whole.ring.events][100:], whole.ring.steps))
     expected = Counter(step.work for step in measured_steps(whole))
     assert 100 < len(found) < expected.total()
     assert not Counter(step.work for step in found) - expected
 
 
 def test_what_comes_after_a_step_counts_also_where_nothing_follows(tmp_path: Path) -> None:
-    record(tmp_path / "run.json")
-    whole = recording.loads((tmp_path / "run.json").read_bytes())
-    early = EventRing(100_000, 10_000)
-    for event in whole.ring.events:
-        early.on_request(event)
-    for step in whole.ring.steps:
-        early.on_step(step._replace(end_s=step.end_s - 0.001))
-    found, expected = measured_steps(whole._replace(ring=early)), measured_steps(whole)
+    whole = recorded(tmp_path)
+    early = [step._replace(end_s=step.end_s - 0.001) for step in whole.ring.steps]
+    found, expected = measured_steps(told_anew(whole, whole.ring.events, early)), measured_steps(whole)
     assert [step.seconds for step in found] == pytest.approx([step.seconds for step in expected], abs=3e-6)
 
 
 def test_steps_that_overlap_take_what_they_add(tmp_path: Path) -> None:
     """The same run, each step handed out as soon as the one before it had begun."""
-    record(tmp_path / "run.json")
-    whole = recording.loads((tmp_path / "run.json").read_bytes())
-    overlapped = EventRing(100_000, 10_000)
-    for event in whole.ring.events:
-        overlapped.on_request(event)
-    num_moved, before = 0, whole.ring.steps[0]
-    for step in whole.ring.steps:
-        follows = step.start_s == before.end_s
-        overlapped.on_step(step._replace(start_s=before.start_s, execute_s=before.start_s) if follows else step)
-        num_moved, before = num_moved + follows, step
-    found, expected = measured_steps(whole._replace(ring=overlapped)), measured_steps(whole)
-    assert num_moved > 100
+    whole = recorded(tmp_path)
+    steps = [*whole.ring.steps]
+    overlapped = [
+        step._replace(start_s=before.start_s, execute_s=before.start_s) if step.start_s == before.end_s else step
+        for before, step in pairwise([steps[0], *steps])
+    ]
+    found, expected = measured_steps(told_anew(whole, whole.ring.events, overlapped)), measured_steps(whole)
+    assert sum(map(ne, overlapped, steps)) > 100
     assert [step.seconds for step in found] == pytest.approx([step.seconds for step in expected], abs=3e-6)
 
 
